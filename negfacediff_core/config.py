@@ -1,0 +1,232 @@
+"""What to build (`BuildConfig`, fingerprinted) and how to run it (`ExecutionConfig`, never fingerprinted).
+
+The same models are the Prefect form, the YAML presets, the command line's `--set` and the Python API.
+Core functions take plain values, not these objects; only `stages` reads them.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Model(BaseModel):
+    """Base of every configuration: unknown keys are refused, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_enum_values=True)
+
+
+class ContextSource(StrEnum):
+    """Where identity contexts come from."""
+
+    uniform = "uniform"
+    fitted = "fitted"
+    file = "file"
+
+
+class Rule(StrEnum):
+    """How the negative of an identity is picked (arXiv 2508.09661)."""
+
+    none = "none"
+    null = "null"
+    rand = "rand"
+    close = "close"
+    mid = "mid"
+    far = "far"
+
+
+class RandomRule(StrEnum):
+    """`seeded` draws another identity; `ring` takes identity i - 1, as the published code does."""
+
+    seeded = "seeded"
+    ring = "ring"
+
+
+class MedianRule(StrEnum):
+    """`corrected` takes the median over the other identities; `paper` includes the identity itself."""
+
+    corrected = "corrected"
+    paper = "paper"
+
+
+class Sampler(StrEnum):
+    """The reverse-diffusion sampler."""
+
+    ddim = "ddim"
+    ddpm = "ddpm"
+    dpm_solver = "dpm_solver"
+
+
+class Weight(StrEnum):
+    """How the negative weight moves with the timestep t (arXiv 2603.29569)."""
+
+    constant = "constant"
+    adaptive = "adaptive"
+    reverse = "reverse"
+
+
+class Form(StrEnum):
+    """`exact` is the right formula; `paper` is the published code as it runs."""
+
+    exact = "exact"
+    paper = "paper"
+
+
+class Precision(StrEnum):
+    """Number format of the networks while sampling."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Template(StrEnum):
+    """The landmark template that faces are aligned to."""
+
+    arcface = "arcface"
+    legacy = "legacy"
+
+
+class Protocol(StrEnum):
+    """Which pairs are scored: all of them, or the published subset."""
+
+    full = "full"
+    paper = "paper"
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="Random seed, 0 to 2^63 - 1.")]
+
+
+class ContextsConfig(Model):
+    """Identity contexts: one unit vector an identity."""
+
+    source: ContextSource = Field(
+        default=ContextSource.uniform,
+        description="uniform: on the sphere (the paper's). fitted: a normal distribution fitted to `file`. "
+        "file: the vectors in `file`, as they are.",
+    )
+    file: str | None = Field(
+        default=None,
+        description="Embeddings for the sources fitted and file: .npz with `contexts`, or a published .npy.",
+    )
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _file_goes_with_its_sources(self) -> "ContextsConfig":
+        if (self.file is None) != (self.source == ContextSource.uniform):
+            need = "needs no file" if self.file else "needs `file`: the embeddings to read"
+            raise ValueError(f"the context source {self.source} {need}")
+        return self
+
+
+class NegativesConfig(Model):
+    """Which other identity each identity is pushed away from."""
+
+    rule: Rule = Field(default=Rule.far, description="How the negative is picked; none switches it off.")
+    pool: int = Field(
+        default=0,
+        ge=0,
+        description="Identities that negatives are picked from. 0: those of the first build of this name; "
+        "it stays fixed when the dataset grows, so that no negative ever moves.",
+    )
+    rand: RandomRule = Field(default=RandomRule.seeded, description="What the rule rand draws.")
+    mid: MedianRule = Field(default=MedianRule.corrected, description="Which median the rule mid takes.")
+    seed: Seed = 0
+
+
+class SamplesConfig(Model):
+    """How images are sampled."""
+
+    generator: str = Field(
+        default="packs/demo/generator", description="Folder of the generator, in the IDiff-Face release layout."
+    )
+    sampler: Sampler = Field(default=Sampler.ddim, description="The sampler.")
+    steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps; ddpm always takes all of T.")
+    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 as DDPM.")
+    w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0 is plain identity conditioning.")
+    weight: Weight = Field(default=Weight.constant, description="How the weight moves over the timesteps.")
+    ddim_alpha: Form = Field(default=Form.exact, description="DDIM's previous alpha; paper: off by one.")
+    final_noise: Form = Field(default=Form.exact, description="DDPM's noise at t = 1; paper: none.")
+    precision: Precision = Field(default=Precision.fp32, description="Number format of the networks.")
+    seed: Seed = 0
+
+
+class AlignedConfig(Model):
+    """How faces are found and aligned."""
+
+    detector: str = Field(default="packs/demo/faces", description="insightface model pack with the detector.")
+    detector_size: int = Field(
+        default=128, ge=32, le=1280, multiple_of=32, description="Side of the detector's input, in pixels."
+    )
+    threshold: float = Field(default=0.5, ge=0, le=1, description="Lowest detection score that is a face.")
+    template: Template = Field(default=Template.arcface, description="Landmark template of the crops.")
+
+
+class EmbeddingsConfig(Model):
+    """How aligned crops are embedded for the evaluation."""
+
+    judge: str = Field(
+        default="packs/demo/judge",
+        description="insightface model pack with the recogniser that judges; not the generator's own.",
+    )
+    flip: bool = Field(default=False, description="Add the mirrored crop's embedding.")
+
+
+class EvaluationConfig(Model):
+    """Which figures are computed."""
+
+    protocol: Protocol = Field(default=Protocol.full, description="Which pairs are scored.")
+    bootstrap: int = Field(
+        default=200, ge=0, le=10_000, description="Resamples over identities for the confidence intervals."
+    )
+    seed: Seed = 0
+
+
+class BuildConfig(Model):
+    """One synthetic dataset. Everything here but `name` and the two extents changes what an image looks like."""
+
+    name: str = Field(
+        default="dataset",
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+        description="Name of the run: lower-case letters, digits, dot, dash, underscore.",
+    )
+    identities: int = Field(default=10_050, ge=2, le=10_000_000, description="Identities to make.")
+    images: int = Field(default=50, ge=1, le=10_000, description="Images of each identity.")
+    block_identities: int = Field(
+        default=8, ge=1, le=4096, description="Identities in one work unit; a store keeps its first choice."
+    )
+    block_images: int = Field(
+        default=50, ge=1, le=4096, description="Images of each identity in one work unit; likewise."
+    )
+    contexts: ContextsConfig = Field(default_factory=ContextsConfig, description="Identity contexts.")
+    negatives: NegativesConfig = Field(default_factory=NegativesConfig, description="Negative contexts.")
+    samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Sampling.")
+    aligned: AlignedConfig = Field(default_factory=AlignedConfig, description="Detection and alignment.")
+    embeddings: EmbeddingsConfig = Field(default_factory=EmbeddingsConfig, description="Embedding.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rule_no_weight(cls, values: Any) -> Any:
+        if isinstance(values, dict) and dict(values.get("negatives") or {}).get("rule") == "none":
+            samples = dict(values.get("samples") or {})
+            if samples.setdefault("w", 0.0):
+                raise ValueError("negatives.rule is none but samples.w is not 0: set w to 0 or pick a rule")
+            values = {**values, "samples": samples}
+        return values
+
+
+class ExecutionConfig(Model):
+    """How a build runs. Nothing here can change a pixel, beyond the stated tolerance of another batch size."""
+
+    executor: str = Field(
+        default="threads",
+        pattern=r"^(threads|dask|cuda|(tcp|tls|ucx|ws|wss)://\S+)$",
+        description="threads, dask (local processes), cuda (a process a GPU), or a Dask scheduler's address.",
+    )
+    workers: int = Field(default=0, ge=0, le=4096, description="Workers; 0: one a core or GPU.")
+    threads_per_worker: int = Field(default=1, ge=1, le=256, description="CPU threads of each worker.")
+    batch_size: int = Field(default=0, ge=0, le=65_536, description="Images a batch; 0: fits the device.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where networks run; auto: a GPU if any."
+    )
+    retries: int = Field(default=2, ge=0, le=20, description="Further rounds over units that failed.")
