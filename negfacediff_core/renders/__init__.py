@@ -1,0 +1,1 @@
+"""Rendered faces: an endless, licence-clean, privacy-free source of identities from one morphable head."""
