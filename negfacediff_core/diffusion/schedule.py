@@ -1,0 +1,108 @@
+"""Noise schedules: how much of a latent is noise at each timestep.
+
+Everything is computed in float64 and only cast where it meets the network, because alpha-bar spans five
+decades.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negfacediff_core.errors import ConfigError
+
+COSINE_OFFSET = 0.008
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The forward process x_t = sqrt(ab[t]) x_0 + sqrt(1 - ab[t]) eps for t in 0 .. T-1 (arXiv 2006.11239).
+
+    `betas` is `(T,)` float64 on the CPU; everything else follows from it.
+    """
+
+    betas: Tensor
+
+    @property
+    def T(self) -> int:
+        """Number of timesteps."""
+        return len(self.betas)
+
+    @property
+    def alphas(self) -> Tensor:
+        """1 - beta, `(T,)` float64."""
+        return 1.0 - self.betas
+
+    @property
+    def alpha_bars(self) -> Tensor:
+        """Cumulative product of the alphas, `(T,)` float64: the share of the signal's power that is left."""
+        return torch.cumprod(self.alphas, dim=0)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The float32 constants that an IDiff-Face checkpoint carries beside the network, in its order."""
+        alphas, alpha_bars = self.alphas, self.alpha_bars
+        constants = {
+            "betas": self.betas,
+            "alphas": alphas,
+            "sigmas": self.betas.sqrt(),
+            "sqrt_alphas_inv": alphas.rsqrt(),
+            "alpha_bars": alpha_bars,
+            "sqrt_alpha_bars": alpha_bars.sqrt(),
+            "sqrt_one_minus_alpha_bars": (1.0 - alpha_bars).sqrt(),
+            "one_minus_alphas_over_sqrt_one_minus_alpha_bars": self.betas / (1.0 - alpha_bars).sqrt(),
+        }
+        return {name: constant.float() for name, constant in constants.items()}
+
+
+def linear(T: int) -> NoiseSchedule:
+    """Betas from 1e-4 to 0.02 in equal steps, scaled by 1000 / T (arXiv 2006.11239)."""
+    scale = 1000.0 / T
+    return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64))
+
+
+def cosine(T: int, k: float = 1.0, beta_min: float = 0.0, beta_max: float = 0.1) -> NoiseSchedule:
+    """beta_t = 1 - f(t + 1) / f(t) in [beta_min, beta_max], f(t) = cos((t/T + s) / (1 + s) pi/2)^2k, s =
+    .008.
+
+    With k = 1 this is the schedule of arXiv 2102.09672; IDiff-Face clips at 0.1.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * (torch.pi / 2)) ** (2 * k)
+    return NoiseSchedule((1.0 - f[1:] / f[:-1]).clamp(beta_min, beta_max))
+
+
+def _linear_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
+    return linear(T)
+
+
+def _cosine_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
+    options = {
+        name: float(config[f"schedule_{name}"])
+        for name in ("k", "beta_min", "beta_max")
+        if f"schedule_{name}" in config
+    }
+    return cosine(T, **options)
+
+
+SCHEDULES: dict[str, Callable[[int, Mapping[str, Any]], NoiseSchedule]] = {
+    "linear": _linear_from,
+    "cosine": _cosine_from,
+}
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """Build the schedule that the `diffusion` section of a release describes: `T`, `schedule_type`,
+    `schedule_*`.
+
+    Raises `ConfigError` for an unknown type or an impossible T.
+    """
+    kind, T = config.get("schedule_type", "linear"), config.get("T", 1000)
+    if kind not in SCHEDULES:
+        raise ConfigError(
+            f"diffusion.schedule_type is {kind!r}; choose one of {', '.join(sorted(SCHEDULES))}."
+        )
+    if not isinstance(T, int) or not 21 <= T < 1 << 24:
+        raise ConfigError(f"diffusion.T is {T!r}; it must be a whole number of timesteps from 21 to 2^24.")
+    return SCHEDULES[kind](T, config)

@@ -1,0 +1,275 @@
+"""The noise-prediction network of IDiff-Face (arXiv 2308.04995), key for key as in its state dict."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from negfacediff_core.diffusion.blocks import (
+    MODULATIONS,
+    NORM_GROUPS,
+    CrossAttentionBlock,
+    Downsample,
+    ProjectedContext,
+    ResidualBlock,
+    SelfAttentionBlock,
+    TimeEmbedding,
+    Upsample,
+    group_norm,
+)
+from negfacediff_core.errors import ConfigError, ContextsError
+
+MakeResidual = Callable[[int, int], ResidualBlock]
+MakeAttention = Callable[[int], SelfAttentionBlock | CrossAttentionBlock]
+
+
+class ResolutionBlock(nn.Module):
+    """A residual block, followed by attention at the resolutions that have it."""
+
+    def __init__(self, res: ResidualBlock, attn: SelfAttentionBlock | CrossAttentionBlock | None):
+        super().__init__()
+        self.res = res
+        self.attn = attn
+
+    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+        """Map `(N, C, H, W)` to `(N, C', H, W)`."""
+        x = self.res(x, time, context)
+        return x if self.attn is None else self.attn(x, context)
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, residual: MakeResidual, attention: MakeAttention):
+        super().__init__()
+        self.res1 = residual(channels, channels)
+        self.attn = attention(channels)
+        self.res2 = residual(channels, channels)
+
+    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+        """Map `(N, C, H, W)` to the same shape."""
+        return self.res2(self.attn(self.res1(x, time, context), context), time, context)
+
+
+class ConditionalUNet(nn.Module):
+    """eps(x_t, t, c): the noise in a latent, given its timestep and an identity context.
+
+    The arguments are the keys of the `model` section of an IDiff-Face release. Channels of a level are
+    `initial_channels` times the product of the multipliers up to it; `attention_heads` -1 means heads of
+    `attention_head_channels` channels. Raises `ConfigError` for a configuration that cannot be built.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_channels: int = 3,
+        initial_channels: int = 96,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        is_attention: Sequence[bool] = (False, True, True, True),
+        attention_heads: int = -1,
+        attention_head_channels: int = 32,
+        n_blocks_per_resolution: int = 2,
+        condition_type: str = "CA",
+        is_context_conditional: bool = True,
+        n_context_classes: int = 0,
+        context_input_channels: int = 512,
+        context_channels: int = 256,
+        learn_empty_context: bool = False,
+        context_dropout_probability: float = 0.0,
+    ):
+        super().__init__()
+        _check(
+            condition_type,
+            initial_channels,
+            channel_multipliers,
+            is_attention,
+            context_channels,
+            n_context_classes,
+        )
+        self.input_channels = input_channels
+        self.context_width = context_input_channels
+        self.is_context_conditional = is_context_conditional
+        self.learn_empty_context = learn_empty_context
+        time_channels = 4 * initial_channels
+        block_context = context_channels if is_context_conditional else None
+
+        def residual(channels: int, out: int) -> ResidualBlock:
+            return ResidualBlock(channels, out, time_channels, block_context, condition_type)
+
+        def attention(channels: int) -> SelfAttentionBlock | CrossAttentionBlock:
+            heads = channels // attention_head_channels if attention_heads == -1 else attention_heads
+            if condition_type == "CA" and is_context_conditional:
+                return CrossAttentionBlock(channels, heads, context_channels)
+            return SelfAttentionBlock(channels, heads)
+
+        self.image_proj = nn.Conv2d(input_channels, initial_channels, 3, padding=1)
+        self.time_emb = TimeEmbedding(initial_channels, time_channels)
+        if is_context_conditional:
+            self.context_emb = nn.Linear(context_input_channels, context_channels)
+            self.context_dropout = nn.Dropout(context_dropout_probability)
+            if learn_empty_context:
+                self.empty_context_embedding = nn.Parameter(torch.zeros(context_channels))
+        levels = _levels(initial_channels, channel_multipliers, is_attention)
+        self.down, skips = _down_path(initial_channels, levels, n_blocks_per_resolution, residual, attention)
+        self.middle = MiddleBlock(levels[-1][0], residual, attention)
+        self.up = _up_path(skips, levels, n_blocks_per_resolution, residual, attention)
+        self.norm = group_norm(initial_channels)
+        self.final = nn.Conv2d(initial_channels, input_channels, 3, padding=1)
+        nn.init.zeros_(self.final.weight)
+        for name, block in self._context_readers():
+            block.context_name = name
+
+    def _context_readers(self) -> list[tuple[str, ResidualBlock | CrossAttentionBlock]]:
+        return [
+            (name, module)
+            for name, module in self.named_modules()
+            if isinstance(module, ResidualBlock | CrossAttentionBlock) and module.reads_context
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the weights, in which the network computes."""
+        return self.image_proj.weight.dtype
+
+    def project_context(self, context: Tensor, dropout_mask: Tensor | None = None) -> ProjectedContext:
+        """Compute everything that depends on `(N, context width)` identity contexts only.
+
+        Rows where the `(N,)` bool `dropout_mask` is true get the empty context instead. In training mode
+        the embedded contexts pass through contextual partial dropout. Raises `ContextsError` for a wrong
+        width or an unconditional network.
+        """
+        if not self.is_context_conditional:
+            raise ContextsError("This generator is unconditional: it takes no identity contexts.")
+        if context.ndim != 2 or context.shape[1] != self.context_width:
+            raise ContextsError(
+                f"The generator expects contexts of shape (N, {self.context_width}), not "
+                f"{tuple(context.shape)}."
+            )
+        embedded = self.context_dropout(self.context_emb(context.to(self.dtype)))
+        if dropout_mask is not None:
+            embedded = torch.where(dropout_mask[:, None], self._empty_context().to(embedded.dtype), embedded)
+        return self._project(embedded)
+
+    def project_empty(self, rows: int = 1) -> ProjectedContext:
+        """`rows` times the empty context ("no context"), which is not the same as the zero vector."""
+        if not self.is_context_conditional:
+            return ProjectedContext({})
+        return self._project(self._empty_context().expand(rows, -1))
+
+    def _empty_context(self) -> Tensor:
+        if self.learn_empty_context:
+            return self.empty_context_embedding
+        return torch.zeros_like(self.context_emb.bias)
+
+    def _project(self, embedded: Tensor) -> ProjectedContext:
+        return ProjectedContext({name: block.project(embedded) for name, block in self._context_readers()})
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | ProjectedContext | None = None,
+        dropout_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the noise in latents `x`.
+
+        `x` is `(N, input_channels, H, W)` with H and W divisible by 2^(levels - 1); `t` holds `(N,)`
+        timesteps, or `(1,)` where all are the same. `context` is `(N, context width)`, the same projected
+        beforehand, or None for the empty context. `dropout_mask` marks rows to be given the empty context.
+        The result has the shape and type of `x`; the network computes in its own type.
+        """
+        if context is None:
+            context = self.project_empty(len(x))
+        elif isinstance(context, Tensor):
+            context = self.project_context(context, dropout_mask)
+        time = self.time_emb(t)
+        h = self.image_proj(x.to(self.dtype))
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, time, context)
+            skips.append(h)
+        h = self.middle(h, time, context)
+        for stage in self.up:
+            if not isinstance(stage, Upsample):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = stage(h, time, context)
+        return self.final(F.silu(self.norm(h))).to(x.dtype)
+
+
+def _check(
+    condition_type: str,
+    initial_channels: int,
+    multipliers: Sequence[int],
+    is_attention: Sequence[bool],
+    context_channels: int,
+    n_context_classes: int,
+) -> None:
+    if condition_type not in MODULATIONS:
+        raise ConfigError(
+            f"model.condition_type is {condition_type!r}; the network knows {', '.join(sorted(MODULATIONS))}."
+        )
+    if len(multipliers) != len(is_attention) or not multipliers:
+        raise ConfigError(
+            f"model.channel_multipliers has {len(multipliers)} levels and model.is_attention has "
+            f"{len(is_attention)}; give both one entry a level."
+        )
+    for name, channels in (("initial_channels", initial_channels), ("context_channels", context_channels)):
+        if channels <= 0 or channels % NORM_GROUPS:
+            raise ConfigError(f"model.{name} is {channels}; it must be a positive multiple of {NORM_GROUPS}.")
+    if n_context_classes:
+        raise ConfigError(
+            f"model.n_context_classes is {n_context_classes}; it must be 0: contexts here are vectors."
+        )
+
+
+def _levels(initial: int, multipliers: Sequence[int], is_attention: Sequence[bool]) -> list[tuple[int, bool]]:
+    """Channels and "has attention" of each resolution, the highest first."""
+    levels, channels = [], initial
+    for multiplier, attention in zip(multipliers, is_attention, strict=True):
+        channels *= multiplier
+        levels.append((channels, attention))
+    return levels
+
+
+def _down_path(
+    channels: int,
+    levels: list[tuple[int, bool]],
+    blocks: int,
+    residual: MakeResidual,
+    attention: MakeAttention,
+) -> tuple[nn.ModuleList, list[int]]:
+    """The stages on the way down, and the channels of every skip connection in the order they are made."""
+    stages: list[nn.Module] = []
+    skips = [channels]
+    for level, (out, has_attention) in enumerate(levels):
+        for _ in range(blocks):
+            stages.append(ResolutionBlock(residual(channels, out), attention(out) if has_attention else None))
+            channels = out
+            skips.append(channels)
+        if level < len(levels) - 1:
+            stages.append(Downsample(channels))
+            skips.append(channels)
+    return nn.ModuleList(stages), skips
+
+
+def _up_path(
+    skips: list[int],
+    levels: list[tuple[int, bool]],
+    blocks: int,
+    residual: MakeResidual,
+    attention: MakeAttention,
+) -> nn.ModuleList:
+    """The stages on the way up: each level takes a skip more than it has blocks; the last narrows."""
+    stages: list[nn.Module] = []
+    channels = levels[-1][0]
+    for level in reversed(range(len(levels))):
+        own, has_attention = levels[level]
+        below = levels[level - 1][0] if level > 0 else skips[0]
+        for out in [own] * blocks + [below]:
+            res = residual(channels + skips.pop(), out)
+            stages.append(ResolutionBlock(res, attention(out) if has_attention else None))
+            channels = out
+        if level > 0:
+            stages.append(Upsample(channels))
+    return nn.ModuleList(stages)

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from diffusers import VQModel
+from diffusion_reference import described, manifest, randomised, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from negfacediff_core.diffusion import first_stage
+from negfacediff_core.diffusion.first_stage import Codebook, FirstStageSettings, VQDecoder, VQEncoder
+from negfacediff_core.errors import ConfigError
+
+TOLERANCE = 5e-5
+SMALL = FirstStageSettings(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
+
+
+def reference_networks():
+    file = reference("vq_tiny")
+    networks = []
+    for network in (VQDecoder, VQEncoder):
+        module = network(FirstStageSettings.from_config(file.config))
+        module.load_state_dict({key: file.weights[key] for key in module.state_dict()})
+        networks.append(module.eval())
+    return file, *networks
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_full_size_state_dict_is_that_of_the_release(part):
+    expected = manifest(f"vq_{part}_manifest")
+    settings = FirstStageSettings.from_config(expected["config"]["params"])
+    assert settings == FirstStageSettings()
+    with torch.device("meta"):
+        module = {"decoder": VQDecoder, "encoder": VQEncoder}[part](settings)
+    assert described(module) == expected["keys"]
+
+
+@torch.inference_mode()
+def test_decoding_equals_the_reference():
+    file, decoder, _ = reference_networks()
+    latent = file.arrays["latent"]
+    assert torch.equal(decoder.quantize.nearest(latent).flatten(), file.arrays["code_indices"])
+    assert torch.equal(decoder.quantize(latent), file.arrays["quantized"])
+    for quantize, key in ((True, "decoded_quantized"), (False, "decoded_not_quantized")):
+        assert torch.allclose(decoder(latent, quantize=quantize), file.arrays[key], rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+def test_encoding_equals_the_reference():
+    file, _, encoder = reference_networks()
+    assert torch.allclose(encoder(file.arrays["image"]), file.arrays["encoded"], rtol=0, atol=TOLERANCE)
+
+
+@torch.inference_mode()
+def test_the_decoder_equals_the_one_of_diffusers():
+    decoder = randomised(VQDecoder(SMALL))
+    theirs = VQModel(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        vq_embed_dim=3,
+        norm_num_groups=32,
+    ).eval()
+    theirs.load_state_dict(as_diffusers(decoder.state_dict()), strict=False)
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(decoder(latents), theirs.decode(latents).sample, rtol=0, atol=TOLERANCE)
+
+
+def as_diffusers(state):
+    """Rename the keys of a two-level decoder from the CompVis layout to that of diffusers."""
+    names = {
+        "mid.block_1": "mid_block.resnets.0",
+        "mid.block_2": "mid_block.resnets.1",
+        "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+        "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+        "mid.attn_1.": "mid_block.attentions.0.to_",
+        "up.0.block": "up_blocks.1.resnets",
+        "up.1.block": "up_blocks.0.resnets",
+        "up.1.upsample": "up_blocks.0.upsamplers.0",
+        "norm_out": "conv_norm_out",
+        "nin_shortcut": "conv_shortcut",
+    }
+    renamed = {}
+    for key, value in state.items():
+        matrix = "attn_1" in key and value.ndim == 4
+        for old, new in names.items():
+            key = key.replace(old, new)
+        renamed[key] = value[:, :, 0, 0] if matrix else value
+    return renamed
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_the_codebook_finds_the_nearest_code_whatever_the_block(count, codes, width, seed):
+    numbers = torch.Generator().manual_seed(seed)
+    book = Codebook(codes, width)
+    book.embedding.weight.data = torch.randn(codes, width, generator=numbers)
+    latents = torch.randn(count, width, 2, 3, generator=numbers)
+    pixels = latents.permute(0, 2, 3, 1).reshape(-1, width)
+    distances = torch.cdist(pixels.double(), book.embedding.weight.double())
+    found = book.nearest(latents).flatten()
+    assert torch.allclose(distances.gather(1, found[:, None])[:, 0], distances.min(dim=1).values, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_stage, "SEARCH_BLOCK", 7 * codes)
+        assert torch.equal(book.nearest(latents).flatten(), found)
+
+
+def test_settings_survive_the_way_through_a_configuration():
+    assert FirstStageSettings.from_config(SMALL.to_config()) == SMALL
+    assert SMALL.downsampling == 2 and FirstStageSettings().downsampling == 4
+
+
+@pytest.mark.parametrize(
+    ("ddconfig", "message"),
+    [
+        ({"attn_resolutions": [16]}, "attn_resolutions"),
+        ({"double_z": True}, "double_z"),
+        ({"ch": 20}, "ch is 20"),
+    ],
+)
+def test_first_stages_of_another_kind_are_refused(ddconfig, message):
+    with pytest.raises(ConfigError, match=message):
+        FirstStageSettings.from_config({"ddconfig": ddconfig})

@@ -1,0 +1,240 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusion_reference import DATA, reference, reference_unet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from negfacediff_core.diffusion.guidance import WEIGHTS, negative_guidance
+from negfacediff_core.diffusion.samplers import SAMPLERS, ddim, ddim_timesteps, ddpm, dpm_solver
+from negfacediff_core.diffusion.schedule import cosine, linear, schedule_from_config
+from negfacediff_core.errors import ConfigError
+
+WEIGHT_NAMES = {"const": "constant", "adaptive": "adaptive", "reverse": "reverse"}
+SCHEDULES = {"linear_T1000": linear(1000), "linear_T25": linear(25), "cosine_T1000": cosine(1000)}
+
+
+def no_noise(t):
+    raise AssertionError(f"noise was asked for at t = {t}")
+
+
+def guided(file, unet, kind, w, T, negative=True):
+    context = unet.project_context(file.arrays["context"])
+    other = unet.project_context(file.arrays["negative_context"]) if negative else None
+    return negative_guidance(unet, context, other, WEIGHTS[WEIGHT_NAMES[kind]](w, T))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_equal_the_reference(name):
+    with np.load(DATA / "schedules.npz") as file:
+        expected = {key.removeprefix(f"{name}/"): file[key] for key in file.files if key.startswith(name)}
+    found = SCHEDULES[name].buffers()
+    assert found.keys() == expected.keys() - {"alphas_prev", "alphas_next"}
+    for key, constant in found.items():
+        # the reference subtracts alpha-bars near 1 in float32, hence the absolute term
+        assert np.allclose(constant.numpy(), expected[key], rtol=2e-6, atol=3e-6), key
+
+
+def test_schedules_come_from_a_release_configuration():
+    assert torch.equal(schedule_from_config({"T": 25, "schedule_type": "linear"}).betas, linear(25).betas)
+    options = {"T": 40, "schedule_type": "cosine", "schedule_k": 2, "schedule_beta_max": 0.5}
+    assert torch.equal(schedule_from_config(options).betas, cosine(40, k=2, beta_max=0.5).betas)
+    for wrong in ({"schedule_type": "sigmoid"}, {"T": 0}, {"T": "many"}):
+        with pytest.raises(ConfigError, match=r"diffusion\."):
+            schedule_from_config(wrong)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("kind", WEIGHT_NAMES)
+@torch.inference_mode()
+def test_ddim_equals_the_reference(steps, kind):
+    file = reference("ddim_T1000")
+    unet = reference_unet(file)
+    for form, alpha in (("reference", "paper"), ("textbook", "exact")):
+        for w in (0.0, 0.5, 1.0) if steps == 10 and kind == "const" else (1.0,):
+            eps_model = guided(file, unet, kind, w, 1000)
+            found = ddim(eps_model, file.arrays["x_T"], linear(1000), no_noise, steps, ddim_alpha=alpha)
+            expected = file.arrays[f"x0/{form}/steps{steps}/w{w}/{kind}"]
+            assert torch.allclose(found, expected, rtol=0, atol=1e-4), (form, w)
+
+
+@torch.inference_mode()
+def test_ddim_visits_the_reference_trajectory_with_and_without_noise():
+    file = reference("ddim_T1000")
+    unet, x_T = reference_unet(file), file.arrays["x_T"]
+    eps_model = guided(file, unet, "const", 0.5, 1000)
+    visited = []
+    ddim(
+        eps_model,
+        x_T,
+        linear(1000),
+        no_noise,
+        10,
+        0.0,
+        "paper",
+        lambda done, t, x: visited.append((done, t, x)),
+    )
+    assert [t for _, t, _ in visited] == file.arrays["steps/reference/steps10/w0.5/const/t"].tolist()
+    assert [done for done, _, _ in visited] == list(range(1, 11))
+    before = file.arrays["steps/reference/steps10/w0.5/const/x_before_step"]
+    for (_, _, x), expected in zip(visited[:-1], before[1:], strict=True):
+        assert torch.allclose(x, expected, rtol=0, atol=1e-4)
+    recorded = dict(zip(range(900, -100, -100), file.arrays["noise/steps10/eta0.5"], strict=True))
+    noisy = ddim(eps_model, x_T, linear(1000), recorded.__getitem__, 10, 0.5, "paper")
+    expected = file.arrays["x0/reference/steps10/w0.5/const/eta0.5"]
+    assert torch.allclose(noisy, expected, rtol=0, atol=1e-4)
+
+
+def ddpm_reference(name, weights, schedule, kinds):
+    file = reference(name)
+    unet = reference_unet(reference(weights))
+    noise = dict(zip(file.arrays["z_t"].tolist(), file.arrays["z"], strict=True))
+    for w, kind in kinds:
+        eps_model = guided(file, unet, kind, w, schedule.T)
+        yield (
+            ddpm(eps_model, file.arrays["x_T"], schedule, noise.__getitem__, "paper"),
+            file.arrays[f"x0/reference/w{w}/{kind}"],
+        )
+
+
+@torch.inference_mode()
+def test_ddpm_equals_the_reference():
+    cases = [(0.5, "const"), (0.5, "adaptive"), (1.0, "reverse")]
+    for found, expected in ddpm_reference("ddpm_T25", "ddpm_T25", linear(25), cases):
+        assert torch.allclose(found, expected, rtol=0, atol=2e-3)  # values reach 141
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_ddpm_equals_the_reference_over_a_thousand_steps():
+    cases = [(0.5, "const"), (0.5, "reverse")]
+    for found, expected in ddpm_reference("ddpm_T1000", "ddim_T1000", linear(1000), cases):
+        assert torch.allclose(found, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("final_noise", "last"), [("exact", 1), ("paper", 2)])
+def test_ddpm_draws_noise_down_to_its_last_noisy_timestep(final_noise, last):
+    drawn = []
+
+    def noise(t):
+        drawn.append(t)
+        return torch.zeros(1)
+
+    ddpm(lambda x, t: torch.zeros_like(x), torch.ones(1), linear(25), noise, final_noise)
+    assert drawn == list(range(24, last - 1, -1))
+
+
+def gaussian_eps(schedule, mean, deviation):
+    """The exact noise prediction where the data are N(mean, deviation^2)."""
+    alpha_bars = schedule.alpha_bars.tolist()
+
+    def eps_model(x, t):
+        ab = alpha_bars[t]
+        return math.sqrt(1 - ab) * (x - math.sqrt(ab) * mean) / (ab * deviation**2 + 1 - ab)
+
+    return eps_model
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("schedule", [linear(1000), cosine(1000)], ids=["linear", "cosine"])
+def test_deterministic_samplers_carry_noise_to_gaussian_data(sampler, schedule):
+    # the probability flow keeps every point at its quantile of the moving normal distribution
+    mean, deviation = 0.7, 0.3
+    z = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    found = SAMPLERS[sampler].sample(
+        gaussian_eps(schedule, mean, deviation), z, schedule, no_noise, steps=500
+    )
+    ab = schedule.alpha_bars[-1].item()
+    exact = mean + deviation * (z - math.sqrt(ab) * mean) / math.sqrt(ab * deviation**2 + 1 - ab)
+    assert torch.allclose(found, exact, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [("ddim", {"steps": 1000, "eta": 0.5}), ("ddim", {"steps": 1000, "eta": 1.0}), ("ddpm", {})],
+)
+def test_noisy_samplers_reach_the_mean_and_spread_of_gaussian_data(sampler, options):
+    mean, deviation, count = 0.7, 0.3, 10_000
+    numbers = torch.Generator().manual_seed(3)
+    schedule = linear(1000)
+
+    def noise(t):
+        return torch.randn(count, generator=numbers)
+
+    eps_model = gaussian_eps(schedule, mean, deviation)
+    found = SAMPLERS[sampler].sample(eps_model, noise(1000), schedule, noise, **options)
+    assert abs(found.mean() - mean) < 0.01
+    assert abs(found.std() - deviation) < 0.01
+
+
+def test_the_published_alpha_is_far_from_the_right_trajectory_with_many_steps():
+    schedule = linear(1000)
+    eps_model, z = gaussian_eps(schedule, 0.0, 1.0), torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact = ddim(eps_model, z, schedule, no_noise, 200)
+    paper = ddim(eps_model, z, schedule, no_noise, 200, ddim_alpha="paper")
+    assert torch.allclose(exact, z, rtol=0.02)
+    assert (paper - exact).norm() > 0.05 * exact.norm()
+
+
+def wavy_eps(x, t):
+    """A smooth stand-in for a network."""
+    return 0.8 * x + 0.3 * torch.sin(2 * x + t / 300)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim_equals_diffusers(steps):
+    theirs = DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    theirs.set_timesteps(steps)
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = start
+    for t in theirs.timesteps.tolist():
+        x = theirs.step(wavy_eps(x, t), t, x).prev_sample
+    assert torch.allclose(ddim(wavy_eps, start, linear(1000), no_noise, steps), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [5, 15, 27])
+def test_dpm_solver_equals_diffusers(steps):
+    theirs = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", final_sigmas_type="zero")
+    theirs.set_timesteps(steps)
+    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x, visited = start, []
+    for t in theirs.timesteps:
+        x = theirs.step(wavy_eps(x, int(t)), t, x).prev_sample
+    found = dpm_solver(
+        wavy_eps, start, linear(1000), no_noise, steps, callback=lambda done, t, x: visited.append(t)
+    )
+    assert visited == theirs.timesteps.tolist()
+    assert torch.allclose(found, x, rtol=0, atol=1e-3)
+
+
+@given(st.integers(1, 300), st.data())
+@settings(max_examples=60, deadline=None)
+def test_exact_spacing_takes_any_number_of_steps(T, data):
+    steps = data.draw(st.integers(1, T))
+    timesteps = ddim_timesteps(T, steps)
+    assert len(set(timesteps)) == steps and timesteps[0] == 0 and timesteps[-1] < T
+    assert max(np.diff(timesteps), default=1) - min(np.diff(timesteps), default=1) <= 1
+
+
+def test_published_spacing_leads_and_may_take_more_steps():
+    assert ddim_timesteps(1000, 30, "paper") == list(range(0, 1000, 33))
+    assert len(ddim_timesteps(1000, 30, "paper")) == 31
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+def test_impossible_numbers_of_steps_are_refused(sampler, steps):
+    with pytest.raises(ConfigError, match=f"{steps} steps"):
+        SAMPLERS[sampler].sample(wavy_eps, torch.zeros(1), linear(1000), no_noise, steps=steps)
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(ConfigError, match="ddim_alpha is 'fast'"):
+        ddim(wavy_eps, torch.zeros(1), linear(1000), no_noise, ddim_alpha="fast")
+    with pytest.raises(ConfigError, match="final_noise is 'none'"):
+        ddpm(wavy_eps, torch.zeros(1), linear(1000), no_noise, final_noise="none")
