@@ -1,0 +1,80 @@
+"""Embeddings of aligned crops by the recogniser of a model pack."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.faces.packs import ColourOrder, Network, network_input, open_network
+
+BATCH = 32
+
+
+class Embedder(Protocol):
+    """Whatever turns aligned crops into embeddings, and says which weights do it."""
+
+    weights: Path
+    sha256: str
+    colour_order: ColourOrder
+    input_size: int
+    width: int
+
+    def embed(self, crops: NDArray[np.uint8], flip: bool = False) -> NDArray[np.float32]:
+        """Embed `(N, input_size, input_size, 3)` uint8 RGB crops as `(N, width)` float32, not normalised."""
+        ...
+
+
+class OnnxEmbedder:
+    """A recogniser in ONNX. Mean and deviation of its input are 127.5, or 0 and 1 if the graph normalises."""
+
+    def __init__(self, network: Network, colour_order: ColourOrder = "RGB") -> None:
+        assert network.size is not None  # a network of unknown size is never taken for a recogniser
+        self._network = network
+        self.weights = network.path
+        self.sha256 = network.sha256
+        self.colour_order: ColourOrder = colour_order
+        self.input_size = network.size[0]
+        self.mean, self.std = (0.0, 1.0) if network.normalises_inside else (127.5, 127.5)
+        blank = np.zeros((1, self.input_size, self.input_size, 3), np.uint8)
+        self.width = self._run(blank).shape[1]
+
+    def embed(self, crops: NDArray[np.uint8], flip: bool = False) -> NDArray[np.float32]:
+        """Embed `(N, input_size, input_size, 3)` uint8 RGB crops as `(N, width)` float32, not normalised.
+
+        `flip` adds the embedding of the mirrored crop, the usual form for verification. Raises
+        NegFaceDiffError for crops of another shape or type.
+        """
+        expected = (self.input_size, self.input_size, 3)
+        if crops.ndim != 4 or crops.shape[1:] != expected or crops.dtype != np.uint8:
+            raise NegFaceDiffError(
+                f"Crops have shape {crops.shape} and type {crops.dtype}; {self.weights.name} takes uint8 RGB "
+                f"of shape (N, {self.input_size}, {self.input_size}, 3): align the faces to that size first."
+            )
+        step = self._network.batch or BATCH
+        embeddings = np.empty((len(crops), self.width), np.float32)
+        for start in range(0, len(crops), step):
+            part = crops[start : start + step]
+            embeddings[start : start + step] = self._run(part)
+            if flip:
+                embeddings[start : start + step] += self._run(part[:, :, ::-1])
+        return embeddings
+
+    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        feed = {self._network.input_name: network_input(crops, self.mean, self.std, self.colour_order)}
+        return self._network.session.run(self._network.output_names, feed)[0]
+
+
+def load_embedder(
+    source: str | Path,
+    threads: int = 1,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    colour_order: ColourOrder = "RGB",
+) -> OnnxEmbedder:
+    """Load the recogniser of a model-pack folder, or one ONNX file. Raises WeightsError if there is none.
+
+    Every insightface pack wants RGB; `colour_order` is for networks trained on BGR, such as AdaFace's.
+    """
+    return OnnxEmbedder(open_network(source, "recognition", threads, providers), colour_order)
