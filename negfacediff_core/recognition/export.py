@@ -1,0 +1,79 @@
+"""A trained recogniser as the ONNX file of an insightface model pack."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from negfacediff_core.errors import WeightsError
+from negfacediff_core.recognition.backbones import INPUT_SIZE, IResNet, PlainNet, build_backbone
+from negfacediff_core.recognition.train import read_checkpoint
+
+OPSET = 17
+TOLERANCE = 1e-4
+
+
+def load_trained(checkpoint: Path) -> IResNet | PlainNet:
+    """Rebuild the network of a training checkpoint, for evaluation. Raises WeightsError."""
+    state = read_checkpoint(checkpoint)
+    try:
+        backbone = build_backbone(state["architecture"])
+        backbone.load_state_dict(state["backbone"])
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(f"{checkpoint} is no checkpoint of a recogniser's training: {error}.") from error
+    return backbone.eval()
+
+
+def export_recogniser(checkpoint: Path, path: Path, projection: nn.Linear | None = None) -> None:
+    """Write the network of a training checkpoint to `path` as ONNX, whole or not at all.
+
+    `projection` is a further last layer, as `fit_projection` makes it.
+
+    One input `(N, 3, 112, 112)` float32 RGB, one output `(N, width)`, not normalised. Whoever loads it
+    scales pixels by (x - 127.5) / 127.5, as insightface does for a graph that does not start by subtracting
+    and multiplying. Raises WeightsError where the checkpoint cannot be read, or if onnxruntime disagrees
+    with torch.
+    """
+    backbone = load_trained(checkpoint)
+    network = backbone if projection is None else nn.Sequential(backbone, projection).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    write_onnx(network, partial)
+    error = _disagreement(network, partial)
+    if not error < TOLERANCE:
+        partial.unlink()
+        raise WeightsError(
+            f"The exported recogniser differs from the trained one by {error:.1e} (allowed {TOLERANCE}): "
+            "nothing was written. Train the network afresh, or check the versions of torch and onnxruntime."
+        )
+    partial.replace(path)
+
+
+def write_onnx(network: nn.Module, path: Path) -> None:
+    """Trace a network in evaluation mode to an ONNX file with a free batch size."""
+    with warnings.catch_warnings():
+        # The newer exporter needs onnxscript; this one is deprecated, and there under the pinned torch.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            network,
+            (torch.zeros(1, 3, INPUT_SIZE, INPUT_SIZE),),
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["crops"],
+            output_names=["embeddings"],
+            dynamic_axes={"crops": {0: "batch"}, "embeddings": {0: "batch"}},
+        )
+
+
+def _disagreement(network: nn.Module, path: Path) -> float:
+    """Largest difference between onnxruntime and torch on noise, as a share of the largest number."""
+    crops = np.random.default_rng(0).uniform(-1, 1, (3, 3, INPUT_SIZE, INPUT_SIZE)).astype(np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(crops)).numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(["embeddings"], {"crops": crops})[0]
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
