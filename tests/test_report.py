@@ -1,0 +1,263 @@
+"""Pictures and the HTML report: what they show, that they stand alone, that foreign text is escaped."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.evaluation.figures import FIGURES, check_report
+from negfacediff_core.evaluation.plots import (
+    COLOURS,
+    ScorePanel,
+    SheetPanel,
+    contact_sheet,
+    score_histogram,
+)
+from negfacediff_core.evaluation.report import render_report
+from negfacediff_core.evaluation.scores import Distribution
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def decode(png):
+    assert png.startswith(PNG)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def panel(label, genuine_mean, seed=0, size=500):
+    random = np.random.default_rng(seed)
+    scores = (random.normal(genuine_mean, 0.1, size), random.normal(0, 0.1, 4 * size))
+    return ScorePanel(label, *(Distribution.of(kind) for kind in scores))
+
+
+def pixels_of(picture, colour):
+    wanted = [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+    return np.argwhere((picture == wanted).all(axis=2))
+
+
+@pytest.mark.parametrize("count", [1, len(COLOURS)])
+def test_histogram_draws_every_dataset_in_its_colour(count):
+    picture = decode(score_histogram([panel(f"set {n}", 0.3 + 0.05 * n, n) for n in range(count)]))
+    drawn = [len(pixels_of(picture, colour)) > 300 for colour in COLOURS]
+    assert drawn == [number < count for number in range(len(COLOURS))]
+
+
+def test_histogram_places_higher_scores_further_right():
+    picture = decode(score_histogram([panel("low", 0.2), panel("high", 0.6)]))
+    below_the_legend = picture[150:]
+    low, high = (pixels_of(below_the_legend, colour)[:, 1].max() for colour in COLOURS[:2])
+    assert low < high
+
+
+def test_histogram_of_streamed_scores_is_that_of_the_list():
+    """Counts at bin edges and the list itself must give the same picture when they say the same."""
+    levels, counts = np.array([-0.115, 0.005, 0.345]), np.array([3, 9, 2])
+    listed = Distribution.of(np.repeat(levels, counts))
+    counted = Distribution(levels, counts, listed.mean, listed.std, resolution=1e-4)
+    assert score_histogram([ScorePanel("a", listed, listed)]) == score_histogram(
+        [ScorePanel("a", counted, counted)]
+    )
+
+
+def test_pictures_leave_pyplot_and_its_settings_alone():
+    before = dict(matplotlib.rcParams)
+    score_histogram([panel("a", 0.4)])
+    assert dict(matplotlib.rcParams) == before
+    import sys
+
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_histogram_refuses_more_datasets_than_colours():
+    with pytest.raises(NegFaceDiffError, match="1 to 7 datasets, got 8"):
+        score_histogram([panel("a", 0.4)] * 8)
+
+
+def images(seed, identities=3, replicates=4, side=64):
+    return np.random.default_rng(seed).integers(
+        0, 255, (identities, replicates, side, side, 3), dtype=np.uint8
+    )
+
+
+def find(picture, cell):
+    """The one place (row, column) of a cell in a picture."""
+    corners = np.argwhere((picture == cell[0, 0]).all(axis=2))
+    height, width = cell.shape[:2]
+    places = [(r, c) for r, c in corners if np.array_equal(picture[r : r + height, c : c + width], cell)]
+    assert len(places) == 1
+    return places[0]
+
+
+def test_contact_sheet_shows_every_image_unchanged_in_aligned_cells():
+    left, right = images(0), images(1)
+    picture = decode(contact_sheet([SheetPanel("a", left), SheetPanel("b", right)]))
+    place = {
+        (name, i, r): find(picture, block[i, r])
+        for name, block in (("left", left), ("right", right))
+        for i in range(3)
+        for r in range(4)
+    }
+    shift = place["right", 0, 0][1] - place["left", 0, 0][1]
+    for i in range(3):
+        for r in range(4):
+            (row, column), (other_row, other_column) = place["left", i, r], place["right", i, r]
+            assert row == other_row and other_column - column == shift
+            assert row == place["left", i, 0][0] and column == place["left", 0, r][1]
+    assert place["left", 1, 0][0] > place["left", 0, 0][0] and place["left", 0, 1][1] > place["left", 0, 0][1]
+
+
+def test_small_images_are_enlarged_by_a_whole_factor():
+    small = images(2, side=16)
+    picture = decode(contact_sheet([SheetPanel("a", small)]))
+    find(picture, small[2, 3].repeat(4, axis=0).repeat(4, axis=1))
+
+
+def test_images_without_a_face_are_framed_and_the_others_are_not():
+    block = images(3)
+    original = block.copy()
+    detected = np.ones((3, 4), dtype=bool)
+    detected[1, 2] = False
+    picture = decode(contact_sheet([SheetPanel("a", block, detected)]))
+    find(picture, block[1, 1])
+    row, column = find(picture, block[1, 2][3:-3, 3:-3])
+    frame = picture[row - 2, column : column + 20]
+    assert (frame == frame[0]).all() and not (frame[0] == 255).all()
+    np.testing.assert_array_equal(block, original)
+
+
+@pytest.mark.parametrize(
+    "panels", [[], [SheetPanel("a", images(0)), SheetPanel("b", images(0, replicates=3))]]
+)
+def test_sheets_that_cannot_be_aligned_are_refused(panels):
+    with pytest.raises(NegFaceDiffError, match="equal shape"):
+        contact_sheet(panels)
+
+
+def dataset(**changes):
+    settings = {"rule": "none", "w": 0.0, "sampler": "ddim", "steps": 20, "identities": 32, "images": 256}
+    figures = {figure.key: 0.5 for figure in FIGURES if not figure.optional}
+    return settings | figures | {"fdr": 2.0, "eer": 0.125} | changes
+
+
+def report(*datasets, **changes):
+    whole = {"seconds": 12.3, "device": "cpu", "versions": {"torch": "2.13.0"}}
+    return {"datasets": list(datasets) or [dataset()]} | whole | changes
+
+
+class Page(HTMLParser):
+    """Collects tags with attributes, the text, and the cells of each table row."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.words, self.rows, self.in_cell = [], [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.in_cell:
+            self.rows[-1][-1] += data.strip()
+
+    def row(self, title):
+        return next(row for row in self.rows if row and row[0] == title)
+
+
+def test_report_shows_figures_side_by_side_with_differences():
+    second = dataset(rule="far", w=0.5, fdr=4.5, eer=0.06, detected_fraction=0.25, fdr_interval=[4.0, 5.25])
+    page = Page(render_report(report(dataset(fdr_interval=[1.75, 2.25]), second), {}))
+    assert page.row("FDR") == ["FDR", "2.00[1.75, 2.25]", "4.50[4.00, 5.25]+2.50"]
+    assert page.row("EER") == ["EER", "12.50%", "6.00%-6.50 points"]
+    assert page.row("Genuine mean")[1:] == ["0.500", "0.500+0.000"]
+    assert page.row("rule") == ["rule", "none", "far"]
+    assert ["", "none, w = 0", "far, w = 0.5"] in page.rows
+    text = "".join(page.words)
+    assert "FDR goes from 2.00 to 4.50 (×2.25)" in text
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
+    assert kinds.count("difference better") == 2 and kinds.count("difference worse") == 1
+
+
+def test_report_stands_alone_and_embeds_the_pictures():
+    picture = contact_sheet([SheetPanel("a", images(0, 1, 1))])
+    page = render_report(report(), {"extra_plot": picture, "histogram": picture})
+    tags = Page(page).tags
+    pictures = [attributes for tag, attributes in tags if tag == "img"]
+    assert [attributes["alt"] for attributes in pictures] == ["histogram", "extra plot"]
+    assert all(attributes["src"].startswith("data:image/png;base64,iVBOR") for attributes in pictures)
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", page)
+
+
+def test_report_escapes_text_from_outside():
+    evil = '<script>alert("x")</script>'
+    page = render_report(
+        report(
+            dataset(name=evil, settings={evil: evil}, lineage={evil: evil}),
+            title=evil,
+            device=evil,
+            judge=evil,
+            versions={evil: evil},
+            licences=[{"part": evil, "licence": evil, "source": evil}],
+        ),
+        {evil: PNG},
+    )
+    assert "<script" not in page and 'alert("x")' not in page
+    assert "".join(Page(page).words).count(evil) >= 12
+
+
+def test_report_shows_lineage_licences_versions_and_definitions():
+    page = Page(
+        render_report(
+            report(
+                dataset(lineage={"contexts": "aa11", "samples": "bb22"}),
+                dataset(w=0.5, lineage={"contexts": "aa11", "samples": "cc33"}),
+                licences=[{"part": "generator", "licence": "CC BY-NC-SA 4.0", "source": "IDiff-Face"}],
+            ),
+            {},
+        )
+    )
+    assert page.row("contexts") == ["contexts", "aa11", "aa11"] and page.row("samples")[2] == "cc33"
+    assert page.row("generator") == ["generator", "CC BY-NC-SA 4.0", "IDiff-Face"]
+    assert page.row("torch") == ["torch", "2.13.0"]
+    text = "".join(page.words)
+    for figure in FIGURES:
+        assert (figure.definition in text) == (not figure.optional)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_figures_that_do_not_exist_are_not_numbers(missing):
+    page = Page(render_report(report(dataset(), dataset(fdr=missing, eer=missing)), {}))
+    assert page.row("FDR") == ["FDR", "2.00", "n/a"]
+    page = Page(render_report(report(dataset(fdr=missing), dataset(fdr=3.0)), {}))
+    assert page.row("FDR") == ["FDR", "n/a", "3.00"]
+
+
+@pytest.mark.parametrize("key", ["device", "versions", "seconds", "datasets"])
+def test_missing_keys_are_named(key):
+    broken = report()
+    del broken[key]
+    with pytest.raises(NegFaceDiffError, match=key):
+        check_report(broken)
+
+
+def test_missing_figures_are_named():
+    broken = dataset()
+    del broken["fdr"], broken["steps"]
+    with pytest.raises(NegFaceDiffError, match=r"datasets\[1\].steps, datasets\[1\].fdr"):
+        render_report(report(dataset(), broken), {})
+    with pytest.raises(NegFaceDiffError, match="any dataset"):
+        render_report(report() | {"datasets": []}, {})
