@@ -1,0 +1,1 @@
+"""Artefacts on disk: fingerprinted stage directories, whole-shard units, completion records; no torch."""

@@ -1,0 +1,301 @@
+"""Where things lie: fingerprints, units, grids of units, and the description of one stage directory.
+
+<store>/<stage>/<fingerprint>/stage.json                  what made it, written once
+                              arrays.zarr/                one shard a unit
+                              rows/part-<unit>.parquet    one row a sample
+                              done/<unit>.json            written last: the unit is complete
+<store>/runs/<name>.json                                  binds a name to the stages of one build
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from negfacediff_core.errors import StoreError
+from negfacediff_core.store.location import Location, locate
+
+SCHEMA_VERSION = 1
+_EXTENT = ("identities", "replicates")
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits: the start of the SHA-256 of the canonical JSON of `content`."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """Return the installed version of this package, or "unknown" when it runs from a bare source tree."""
+    try:
+        return version("negfacediff")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Unit(NamedTuple):
+    """A block of identities x a block of replicates: what one worker makes and commits at a time.
+
+    Two numbers, because a single running number would rename units whenever either axis grows.
+    """
+
+    identity_block: int
+    replicate_block: int
+
+    @property
+    def name(self) -> str:
+        """The name in file names, e.g. `00042-000`."""
+        return f"{self.identity_block:05d}-{self.replicate_block:03d}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Unit":
+        """Read a unit's name back."""
+        identity_block, replicate_block = name.split("-")
+        return cls(int(identity_block), int(replicate_block))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The units that cover `identities` x `replicates`, in blocks that a store never changes.
+
+    The last unit of an axis is a whole block, so that growth never rewrites a committed one; only at
+    `limit`, the number of identities that exist at all (a contexts file has an end), a block is cut.
+    """
+
+    identities: int
+    replicates: int
+    block_identities: int
+    block_replicates: int
+    limit: int | None = None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of blocks along identities and along replicates."""
+        identity_blocks = math.ceil(self.identities / self.block_identities)
+        return identity_blocks, math.ceil(self.replicates / self.block_replicates)
+
+    def units(self) -> list[Unit]:
+        """All units of the extent, replicates running fastest."""
+        identity_blocks, replicate_blocks = self.blocks
+        return [Unit(i, r) for i in range(identity_blocks) for r in range(replicate_blocks)]
+
+    def identities_of(self, unit: Unit) -> range:
+        """The identities of a unit."""
+        start = unit.identity_block * self.block_identities
+        stop = start + self.block_identities
+        return range(start, stop if self.limit is None else min(stop, self.limit))
+
+    def replicates_of(self, unit: Unit) -> range:
+        """The replicates of a unit."""
+        start = unit.replicate_block * self.block_replicates
+        return range(start, start + self.block_replicates)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight file or folder and the SHA-256 of each file by its role; the path is not fingerprinted."""
+
+    path: str
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: `(identity, replicate, *item)`, without `replicate` in a stage that is not per replicate."""
+
+    name: str
+    dtype: str
+    item: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Everything that describes one stage of one build; frozen, picklable, and written to `stage.json`.
+
+    `config` holds only what changes the result, `inputs` the fingerprints of the stages that are read,
+    `columns` the names and Arrow types of the rows. `grid` holds this build's extent, no part of the
+    fingerprint.
+    """
+
+    store: str
+    name: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    grid: Grid
+    weights: dict[str, Weight] = field(default_factory=dict)
+    arrays: tuple[ArraySpec, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+    per_replicate: bool = True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that affects the result and of nothing else."""
+        return fingerprint(
+            {
+                "schema": SCHEMA_VERSION,
+                "stage": self.name,
+                "version": self.version,
+                "config": self.config,
+                "inputs": self.inputs,
+                "weights": {role: weight.sha256 for role, weight in self.weights.items()},
+            }
+        )
+
+    @property
+    def path(self) -> str:
+        """The stage directory, relative to the store."""
+        return f"{self.name}/{self.fingerprint}"
+
+    @property
+    def directory(self) -> str:
+        """The stage directory as a path or URL."""
+        return self.location.url
+
+    @cached_property
+    def location(self) -> Location:
+        """The stage directory as a place to read and write."""
+        return locate(self.store).at(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A location may hold a network client: each process makes its own.
+        return {name: value for name, value in self.__dict__.items() if name != "location"}
+
+    def input(self, name: str) -> "StageSpec":
+        """Return the input stage `name` as it stands in the store; its grid has no extent."""
+        return read_spec(self.store, name, self.inputs[name])
+
+
+def array_path(spec: StageSpec, array: ArraySpec, unit: Unit) -> str:
+    """Return the path of a unit's shard in the stage directory: all shards of an array lie in one folder."""
+    position = [unit.identity_block, *([unit.replicate_block] if spec.per_replicate else [])]
+    return f"arrays.zarr/{array.name}/c." + ".".join(map(str, [*position, *[0] * len(array.item)]))
+
+
+def part_path(unit: Unit) -> str:
+    """Return the path of a unit's rows, relative to the stage directory."""
+    return f"rows/part-{unit.name}.parquet"
+
+
+def record_path(unit: Unit) -> str:
+    """Return the path of a unit's completion record, relative to the stage directory."""
+    return f"done/{unit.name}.json"
+
+
+def read_spec(store: str, name: str, print_: str) -> StageSpec:
+    """Read a stage directory's `stage.json`; the grid of the result has its blocks but no extent.
+
+    Raises:
+        StoreError: if it is missing, damaged, of a newer schema, or not what its directory's name says.
+    """
+    location = locate(store).at(f"{name}/{print_}")
+    content = read_json(location, "stage.json")
+    check_schema(content, f"{location.url}/stage.json")
+    try:
+        spec = StageSpec(
+            store=store,
+            name=content["stage"],
+            version=content["stage_version"],
+            config=content["config"],
+            inputs=content["inputs"],
+            grid=Grid(0, 0, **content["blocks"]),
+            weights={role: Weight(**weight) for role, weight in content["weights"].items()},
+            arrays=tuple(ArraySpec(**{**array, "item": tuple(array["item"])}) for array in content["arrays"]),
+            columns=tuple((column, type_) for column, type_ in content["columns"]),
+            per_replicate=content["per_replicate"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(f"{location.url}/stage.json") from error
+    if (spec.name, spec.fingerprint) != (name, print_):
+        raise _damaged(f"{location.url}/stage.json")
+    return spec
+
+
+def adopt(spec: StageSpec) -> StageSpec:
+    """Return `spec` with the blocks that its directory already has, if it is there; writes nothing.
+
+    Raises:
+        StoreError: if the directory was made with other arrays or columns, or by a newer schema.
+    """
+    if not spec.location.exists("stage.json"):
+        return spec
+    existing = read_spec(spec.store, spec.name, spec.fingerprint)
+    if replace(existing, grid=spec.grid, weights=spec.weights) != spec:
+        raise StoreError(
+            f"{spec.directory} was made with other arrays or columns than this version of the code writes; "
+            "use the version that made it, or another store."
+        )
+    blocks = existing.grid
+    return replace(
+        spec, grid=replace(blocks, identities=spec.grid.identities, replicates=spec.grid.replicates)
+    )
+
+
+def establish(spec: StageSpec) -> None:
+    """Write `stage.json` unless it is there already. Hold the stage's lock.
+
+    Raises:
+        StoreError: if it is there with other blocks, because another build has just made it.
+    """
+    if spec.location.exists("stage.json"):
+        if adopt(spec).grid != spec.grid:
+            raise StoreError(
+                f"another build made {spec.directory} with other block sizes meanwhile; "
+                "run the same command again."
+            )
+        return
+    blocks = {key: value for key, value in asdict(spec.grid).items() if key not in _EXTENT}
+    content = {
+        "schema": SCHEMA_VERSION,
+        "stage": spec.name,
+        "stage_version": spec.version,
+        "fingerprint": spec.fingerprint,
+        "code": code_version(),
+        "config": spec.config,
+        "inputs": spec.inputs,
+        "weights": {role: asdict(weight) for role, weight in spec.weights.items()},
+        "arrays": [asdict(array) for array in spec.arrays],
+        "columns": spec.columns,
+        "per_replicate": spec.per_replicate,
+        "blocks": blocks,
+    }
+    write_json(spec.location, "stage.json", content)
+
+
+def check_schema(content: Mapping[str, Any], where: str) -> None:
+    """Refuse a file that a newer version of the project wrote."""
+    schema = content.get("schema")
+    if not isinstance(schema, int):
+        raise _damaged(where)
+    if schema > SCHEMA_VERSION:
+        raise StoreError(
+            f"{where} has schema version {schema}, but this version reads up to {SCHEMA_VERSION}; upgrade "
+            "negfacediff or use another store."
+        )
+
+
+def read_json(location: Location, path: str) -> dict[str, Any]:
+    """Read a JSON object; damaged content is a `StoreError`."""
+    data = location.read_bytes(path)
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise _damaged(f"{location.url}/{path}") from error
+    if not isinstance(content, dict):
+        raise _damaged(f"{location.url}/{path}")
+    return content
+
+
+def write_json(location: Location, path: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, readable by people."""
+    location.write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _damaged(where: str) -> StoreError:
+    return StoreError(
+        f"{where} is damaged: it is not what was written there; delete it and run the build again."
+    )

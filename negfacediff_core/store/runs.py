@@ -1,0 +1,43 @@
+"""Run records: `runs/<name>.json` binds a human name to the stages of one build."""
+
+import re
+from typing import Any
+
+from negfacediff_core.errors import StoreError
+from negfacediff_core.store.layout import SCHEMA_VERSION, check_schema, read_json, write_json
+from negfacediff_core.store.location import locate
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def write_run(store: str, name: str, content: dict[str, Any]) -> None:
+    """Write a run record atomically, over an older one of the same name.
+
+    `content` holds at least `stages`: by stage name its `fingerprint`, `identities` and `replicates`.
+    """
+    write_json(locate(store), _path(name), {"schema": SCHEMA_VERSION, "name": name, **content})
+
+
+def read_run(store: str, name: str) -> dict[str, Any] | None:
+    """Read a run record; None when there is none of that name."""
+    location = locate(store)
+    path = _path(name)
+    if not location.exists(path):
+        return None
+    content = read_json(location, path)
+    check_schema(content, f"{location.url}/{path}")
+    return content
+
+
+def read_runs(store: str) -> dict[str, dict[str, Any]]:
+    """Read all run records of a store by name."""
+    names = [name.removesuffix(".json") for name in locate(store).names("runs") if name.endswith(".json")]
+    return {name: run for name in names if (run := read_run(store, name)) is not None}
+
+
+def _path(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"{name!r} cannot name a run; use lower-case letters, digits, dot, dash, underscore."
+        )
+    return f"runs/{name}.json"

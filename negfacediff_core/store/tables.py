@@ -1,0 +1,38 @@
+"""Parquet parts of a stage directory: one row a sample, the same fixed columns in every part."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from negfacediff_core.errors import StoreError
+from negfacediff_core.store.layout import StageSpec, Unit, part_path
+
+
+def schema(spec: StageSpec) -> pa.Schema:
+    """Return the Arrow schema of a stage's rows."""
+    return pa.schema([pa.field(name, pa.type_for_alias(type_)) for name, type_ in spec.columns])
+
+
+def rows_of(spec: StageSpec, columns: Mapping[str, Any]) -> pa.Table:
+    """Make a table of a stage's rows out of its columns: lists, arrays or Arrow columns."""
+    return pa.table(dict(columns), schema=schema(spec))
+
+
+def write_part(spec: StageSpec, unit: Unit, rows: pa.Table) -> None:
+    """Write a unit's rows atomically.
+
+    Raises:
+        StoreError: if the columns are not the stage's: readers rely on one schema over all parts.
+    """
+    if not rows.schema.equals(schema(spec)):
+        raise StoreError(f"rows of {spec.path} have the columns {spec.columns}, not {rows.schema.names}.")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer)
+    spec.location.write_atomic(part_path(unit), buffer.getvalue().to_pybytes())
+
+
+def parse_part(spec: StageSpec, data: bytes) -> pa.Table:
+    """Parse the bytes of a part."""
+    return pq.read_table(pa.BufferReader(data), schema=schema(spec))
