@@ -186,13 +186,13 @@ def record_path(unit: Unit) -> str:
     return f"done/{unit.name}.json"
 
 
-def read_spec(store: str, name: str, print_: str) -> StageSpec:
+def read_spec(store: str, name: str, digest: str) -> StageSpec:
     """Read a stage directory's `stage.json`; the grid of the result has its blocks but no extent.
 
     Raises:
         StoreError: if it is missing, damaged, of a newer schema, or not what its directory's name says.
     """
-    location = locate(store).at(f"{name}/{print_}")
+    location = locate(store).at(f"{name}/{digest}")
     content = read_json(location, "stage.json")
     check_schema(content, f"{location.url}/stage.json")
     try:
@@ -210,7 +210,7 @@ def read_spec(store: str, name: str, print_: str) -> StageSpec:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(f"{location.url}/stage.json") from error
-    if (spec.name, spec.fingerprint) != (name, print_):
+    if (spec.name, spec.fingerprint) != (name, digest):
         raise _damaged(f"{location.url}/stage.json")
     return spec
 

@@ -34,10 +34,10 @@ def status(store: str) -> list[StageStatus]:
     wanted = _wanted_units(store)
     location = locate(store)
     specs = [
-        read_spec(store, stage, print_)
+        read_spec(store, stage, digest)
         for stage in location.names("")
-        for print_ in location.names(stage)
-        if location.exists(f"{stage}/{print_}/stage.json")
+        for digest in location.names(stage)
+        if location.exists(f"{stage}/{digest}/stage.json")
     ]
     by_path = {spec.path: spec for spec in specs}
     specs.sort(key=lambda spec: (_depth(spec, by_path), spec.path))
@@ -86,5 +86,5 @@ def _stage_status(spec: StageSpec, wanted: dict[str, set[Unit]]) -> StageStatus:
 
 def _depth(spec: StageSpec, by_path: dict[str, StageSpec]) -> int:
     """Longest way from a stage to one without inputs; an input that was deleted counts as such."""
-    above = [by_path[path] for name, print_ in spec.inputs.items() if (path := f"{name}/{print_}") in by_path]
+    above = [by_path[path] for name, digest in spec.inputs.items() if (path := f"{name}/{digest}") in by_path]
     return 1 + max((_depth(stage, by_path) for stage in above), default=0)

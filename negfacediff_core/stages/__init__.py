@@ -1,0 +1,8 @@
+"""The stages of a build, in order: each plans itself, and makes one unit at a time.
+
+`plan_build` checks everything that can be checked, `run_unit` makes one unit wherever it is called.
+"""
+
+from negfacediff_core.stages.build import STAGES, Stage, pending_units, plan_build, run_unit
+
+__all__ = ["STAGES", "Stage", "pending_units", "plan_build", "run_unit"]

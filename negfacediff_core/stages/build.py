@@ -1,0 +1,100 @@
+"""The table of stages, and what is done over all of them: planning a build, running a unit of any stage."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.errors import BuildError, NegFaceDiffError
+from negfacediff_core.stages import aligned, contexts, embeddings, evaluation, negatives, samples
+from negfacediff_core.store.layout import StageSpec, Unit, adopt, read_spec
+from negfacediff_core.store.location import locate
+from negfacediff_core.store.records import Record, has_record, pending, read_record
+from negfacediff_core.store.runs import read_run
+
+
+class Stage(NamedTuple):
+    """A row of the table.
+
+    `plan` describes the stage of a build, given those before it, and checks what it needs without writing;
+    `run_unit` makes and commits one unit. `version` is raised when the code changes what a stage makes.
+    """
+
+    name: str
+    version: int
+    plan: Callable[[BuildConfig, str, Mapping[str, StageSpec]], StageSpec]
+    run_unit: Callable[[StageSpec, Unit, ExecutionConfig], Record]
+
+
+STAGES: dict[str, Stage] = {
+    name: Stage(name, module.VERSION, module.plan, module.run_unit)
+    for name, module in (
+        ("contexts", contexts),
+        ("negatives", negatives),
+        ("samples", samples),
+        ("aligned", aligned),
+        ("embeddings", embeddings),
+        ("evaluation", evaluation),
+    )
+}
+
+
+def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
+    """Describe every stage of a build, in order, after checking all that it needs.
+
+    Weights are found, hashed and loaded, the contexts file is read, settings are tried on the generator, and
+    the directories that exist are compared with what this build would make. Nothing is written but, at the
+    end, a probe in the store, which is removed.
+
+    Raises:
+        ConfigError, WeightsError, ContextsError: for what the build asks for.
+        StoreError: for the place where it should go.
+    """
+    build = _with_pool(build, store)
+    specs: dict[str, StageSpec] = {}
+    for stage in STAGES.values():
+        specs[stage.name] = adopt(stage.plan(build, store, specs))
+    locate(store).check_writable()
+    return list(specs.values())
+
+
+def pending_units(spec: StageSpec) -> list[Unit]:
+    """Return the units of a stage's extent that are not committed, in order, from disk."""
+    return pending(spec)
+
+
+def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
+    """Make and commit one unit of any stage; a unit that is committed is left as it is.
+
+    Networks are loaded once a process. Sets the number of torch's threads in this process.
+
+    Raises:
+        NegFaceDiffError: of the kind that it was, naming the unit; BuildError for any other error.
+    """
+    if has_record(spec, unit):
+        return read_record(spec, unit)
+    torch.set_num_threads(execution.threads_per_worker)
+    try:
+        return STAGES[spec.name].run_unit(spec, unit, execution)
+    except NegFaceDiffError as error:
+        raise type(error)(f"{spec.name} {unit.name}: {error}") from error
+    except Exception as error:
+        raise BuildError(f"{spec.name} {unit.name}: {type(error).__name__}: {error}") from error
+
+
+def _with_pool(build: BuildConfig, store: str) -> BuildConfig:
+    """Set the pool of negatives where the build leaves it open.
+
+    It is that of the run of this name, if that has the same contexts, so that growth moves no negative;
+    otherwise the build's own identities.
+    """
+    if build.negatives.pool:
+        return build
+    pool = build.identities
+    run = read_run(store, build.name)
+    drawn = contexts.plan(build, store, {}).fingerprint
+    if run is not None and run["stages"]["contexts"]["fingerprint"] == drawn:
+        before = read_spec(store, "negatives", run["stages"]["negatives"]["fingerprint"])
+        pool = before.config.get("pool", pool)
+    return build.model_copy(update={"negatives": build.negatives.model_copy(update={"pool": pool})})

@@ -1,0 +1,142 @@
+"""Weights of the stages: finding and hashing their files, and loading each network once a process."""
+
+import hashlib
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import negfacediff_core
+from negfacediff_core.diffusion.checkpoint import Generator, load_generator, weight_files
+from negfacediff_core.diffusion.release_config import read_config
+from negfacediff_core.errors import WeightsError
+from negfacediff_core.faces.detect import Detector, load_detector
+from negfacediff_core.faces.embed import Embedder, load_embedder
+from negfacediff_core.faces.packs import Task, find_network
+from negfacediff_core.store.layout import Weight
+
+PROJECT = Path(negfacediff_core.__file__).resolve().parents[1]
+
+Hashes = tuple[tuple[str, str], ...]
+
+# Threads that start together would otherwise each load the same network before the first has cached it.
+_loading = threading.Lock()
+
+
+def resolve_weights(path: str) -> Path:
+    """Return the absolute path of a file or folder, looked for here and then in the project's own folder.
+
+    Raises:
+        WeightsError: if it is in neither place.
+    """
+    for place in (Path.cwd(), PROJECT):
+        if (place / path).exists():
+            return (place / path).resolve()
+    raise WeightsError(
+        f"there is nothing at {path}: looked in {Path.cwd()} and {PROJECT}; give the path of the weights."
+    )
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; an unchanged file is hashed once a process."""
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_weight(path: str) -> Weight:
+    """Find and hash one file."""
+    file = resolve_weights(path)
+    if not file.is_file():
+        raise WeightsError(f"{file} is a folder where a file is needed; give the path of the file.")
+    return Weight(str(file), {"file": hash_file(file)})
+
+
+def network_weight(path: str, task: Task) -> Weight:
+    """Find and hash the network for `task` in a model pack."""
+    return file_weight(str(find_network(resolve_weights(path), task)))
+
+
+def check_unchanged(weight: Weight) -> None:
+    """Raise WeightsError unless a file still is what was hashed."""
+    if file_weight(weight.path) != weight:
+        raise _changed(weight.path)
+
+
+def generator_weight(path: str) -> Weight:
+    """Find and hash the files of a generator's folder."""
+    folder = resolve_weights(path)
+    return Weight(str(folder), {role: hash_file(file) for role, file in weight_files(folder).items()})
+
+
+def conditioner_hash(path: str) -> str | None:
+    """Return the SHA-256 of the recogniser that a generator was trained with, where its folder tells."""
+    constants = read_config(resolve_weights(path))["constants"]
+    return constants.get("conditioner_sha256")
+
+
+def generator_of(weight: Weight, device: str) -> Generator:
+    """Return the generator of a folder on a device; WeightsError if it is not what was hashed."""
+    with _loading:
+        return _generator(weight.path, _hashes(weight), device)
+
+
+@lru_cache(maxsize=1)
+def _generator(path: str, hashes: Hashes, device: str) -> Generator:
+    if _hashes(generator_weight(path)) != hashes:
+        raise _changed(path)
+    return load_generator(path, device)
+
+
+def detector_of(weight: Weight, input_size: int, threshold: float, threads: int) -> Detector:
+    """Return the detector of a file; WeightsError if it is not what was hashed."""
+    with _loading:
+        return _detector(weight.path, _hashes(weight), input_size, threshold, threads)
+
+
+@lru_cache(maxsize=1)
+def _detector(path: str, hashes: Hashes, input_size: int, threshold: float, threads: int) -> Detector:
+    detector = load_detector(path, input_size=input_size, threshold=threshold, threads=threads)
+    if hashes != (("file", detector.sha256),):
+        raise _changed(path)
+    return detector
+
+
+def embedder_of(weight: Weight, threads: int) -> Embedder:
+    """Return the recogniser of a file; WeightsError if it is not what was hashed."""
+    with _loading:
+        return _embedder(weight.path, _hashes(weight), threads)
+
+
+@lru_cache(maxsize=1)
+def _embedder(path: str, hashes: Hashes, threads: int) -> Embedder:
+    embedder = load_embedder(path, threads=threads)
+    if hashes != (("file", embedder.sha256),):
+        raise _changed(path)
+    return embedder
+
+
+def device_of(device: str) -> str:
+    """Return the torch device of an execution setting: `auto` is a GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe_device(device: str) -> str:
+    """Return what a completion record calls a torch device."""
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _hashes(weight: Weight) -> Hashes:
+    return tuple(sorted(weight.sha256.items()))
+
+
+def _changed(path: str) -> WeightsError:
+    return WeightsError(f"{path} has changed since this build was planned; run the same command again.")

@@ -1,0 +1,113 @@
+"""Shared fixtures: tiny random weights in the layouts of real ones, and a small build of them."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from negfacediff_core.config import BuildConfig
+from negfacediff_core.diffusion.checkpoint import save_generator
+from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
+from negfacediff_core.diffusion.unet import ConditionalUNet
+
+TINY_MODEL = {
+    "input_channels": 3,
+    "initial_channels": 32,
+    "channel_multipliers": (1, 2),
+    "is_attention": (False, True),
+    "n_blocks_per_resolution": 1,
+    "condition_type": "CA",
+    "context_input_channels": 16,
+    "context_channels": 32,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_fsync():
+    """Tests end before the power fails; without this they wait for the disk most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+class BrightSpots(nn.Module):
+    """A detector in SCRFD's form that takes bright squares for faces: in some images, not in all."""
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        scores, boxes, landmarks = [], [], []
+        # Five points as in a face, in strides from the anchor.
+        face = torch.tensor([-1.0, -1.0, 1.0, -1.0, 0.0, 0.2, -0.8, 1.2, 0.8, 1.2])
+        for stride in (8, 16, 32):
+            light = nn.functional.avg_pool2d(frames.mean(1, keepdim=True), stride)
+            anchors = light.flatten(1)[:, :, None].repeat_interleave(2, 1)
+            scores.append(torch.sigmoid(8 * (anchors - SPOT)))
+            boxes.append(2.0 + 0 * anchors.expand(-1, -1, 4))
+            landmarks.append(face + 0.3 * anchors.expand(-1, -1, 10))
+        return scores + boxes + landmarks
+
+
+# Brightness, in [-1, 1], at which a square counts as a face.
+SPOT = 0.36
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(tmp_path_factory):
+    """A folder with `generator` (32-pixel images), `faces` (a detector) and `judge`, all tiny."""
+    folder = tmp_path_factory.mktemp("tiny_pack")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = FirstStageSettings(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=64)
+        unet, decoder, encoder = ConditionalUNet(**TINY_MODEL), VQDecoder(settings), VQEncoder(settings)
+        for weights in unet.parameters():
+            if not weights.any():  # the last layer starts at zero: an untrained network would see no context
+                nn.init.normal_(weights, std=0.1)
+        pool = (nn.Conv2d(3, 8, 7, 4), nn.ReLU(), nn.AvgPool2d(9), nn.Flatten(), nn.Linear(72, 16))
+        judge = nn.Sequential(*pool)
+    diffusion = {"T": 50, "schedule_type": "linear"}
+    save_generator(
+        folder / "generator", unet, decoder, encoder, model=TINY_MODEL, diffusion=diffusion, image_size=32
+    )
+    _export(BrightSpots(), folder / "faces" / "detector.onnx", 128)
+    _export(judge, folder / "judge" / "judge.onnx", 112)
+    return folder
+
+
+def _export(network, path, size):
+    path.parent.mkdir()
+    with warnings.catch_warnings():
+        # The tracer of the pinned torch is deprecated; its successor needs one package more.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.eval(),
+            (torch.zeros(1, 3, size, size),),
+            path,
+            input_names=["images"],
+            dynamic_axes={"images": {0: "batch"}},
+            dynamo=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny_pack):
+    """The folder of a tiny random generator, with contexts of width 16 and 50 timesteps."""
+    return tiny_pack / "generator"
+
+
+@pytest.fixture(scope="session")
+def tiny_build(tiny_pack):
+    """A build of 5 identities x 3 images in units of 2 x 2, with the tiny weights."""
+    return BuildConfig.model_validate(
+        {
+            "name": "tiny",
+            "identities": 5,
+            "images": 3,
+            "block_identities": 2,
+            "block_images": 2,
+            "samples": {"generator": str(tiny_pack / "generator"), "steps": 2},
+            "aligned": {"detector": str(tiny_pack / "faces")},
+            "embeddings": {"judge": str(tiny_pack / "judge")},
+            "evaluation": {"bootstrap": 10},
+        }
+    )
