@@ -20,8 +20,8 @@ from negfacediff_core.noise import gaussian
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# images a batch where the caller does not choose: a GPU gains from large ones, a CPU does not
-DEFAULT_BATCH = {"cpu": 16, "cuda": 256}
+# images a batch where the caller does not choose: a GPU gains from larger ones than a CPU
+DEFAULT_BATCH = {"cpu": 64, "cuda": 256}
 
 
 @dataclass(frozen=True)

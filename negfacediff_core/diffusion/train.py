@@ -75,7 +75,7 @@ HELD_OUT_BATCHES, HELD_OUT_BATCH = 4, 128
 class GeneratorTraining:
     """What training does; its result depends on these, the network, the schedule and the training set."""
 
-    steps: int = 8000
+    steps: int = 6000
     batch_size: int = 64
     learning_rate: float = 1e-3  # at its peak, after the warm-up; then it falls by a cosine
     warmup: int = 300  # steps
@@ -159,6 +159,7 @@ def train_generator(
         "training": {**asdict(training), "draws": training.draws._asdict()},
         "trained_on": list(data.latents.shape),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / CHECKPOINT_NAME
     if path.exists():
         _restore(run, load_state(path), origin, path)
@@ -214,16 +215,24 @@ def sample_latents(
 def load_trained(folder: Path) -> tuple[ConditionalUNet, State]:
     """The averaged network of the checkpoint in a training folder, and the `origin` it was started with."""
     state = load_state(folder / CHECKPOINT_NAME)
-    unet = ConditionalUNet(**state["origin"]["network"])
+    with seeded(0, 0):
+        unet = ConditionalUNet(**state["origin"]["network"])
     unet.load_state_dict(state["average"])
     return unet.eval(), state["origin"]
 
 
-def export_generator(folder: Path, first_stage: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
+def export_generator(
+    folder: Path,
+    first_stage: Path,
+    out: Path,
+    conditioner_sha256: str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
     """Write a release folder (IDiff-Face layout) from the training folders of generator and first stage.
 
-    Works on any checkpoint, also of a training that still runs. Weights are rounded to `dtype`; loading gives
-    float32.
+    Works on any checkpoint, also of a training that still runs. `conditioner_sha256` is the hash of the
+    recogniser that made the contexts: evaluation refuses to be judged by it. Weights are rounded to `dtype`;
+    loading gives float32.
     """
     unet, origin = load_trained(folder)
     encoder, decoder, _ = load_first_stage(first_stage)
@@ -236,6 +245,7 @@ def export_generator(folder: Path, first_stage: Path, out: Path, dtype: torch.dt
         diffusion=origin["diffusion"],
         image_size=origin["trained_on"][-1] * decoder.settings.downsampling,
         dtype=dtype,
+        conditioner_sha256=conditioner_sha256,
     )
 
 

@@ -143,7 +143,7 @@ def train_first_stage(
     """
     if len(images) < training.batch_size or len(held_out) == 0:
         raise ConfigError(
-            f"The first stage needs at least one batch of {training.batch_size} images and one held-out image; "
+            f"The first stage needs at least one batch of {training.batch_size} images and a held-out image; "
             f"got {len(images)} and {len(held_out)}. Render more, or lower the batch size."
         )
     with seeded(training.seed, 0):
@@ -197,7 +197,8 @@ def load_first_stage(folder: Path) -> tuple[VQEncoder, VQDecoder, State]:
     """Read what `train_first_stage` left in `folder`: encoder, decoder and figures. Raises WeightsError."""
     state = load_state(folder / "first_stage.pt")
     settings = FirstStageSettings.from_config(state["settings"])
-    encoder, decoder = VQEncoder(settings).eval(), VQDecoder(settings).eval()
+    with seeded(0, 0):
+        encoder, decoder = VQEncoder(settings).eval(), VQDecoder(settings).eval()
     encoder.load_state_dict(state["encoder"])
     decoder.load_state_dict(state["decoder"])
     return encoder, decoder, state["metrics"]

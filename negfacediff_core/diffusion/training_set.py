@@ -30,16 +30,17 @@ class TrainingSet(NamedTuple):
 class ContextDraws(NamedTuple):
     """How a training context is made of an identity's embeddings; shares are of the samples.
 
-    A context is the embedding of the very image (`own_image`) or the identity's mean. `perturbed` of them are
-    moved: c' = normalise(c + s n), n ~ N(0, I / W), s ~ U(0, `reach`). At s = .8 its cosine to c is .78, about
-    that of a new identity, or of a uniform draw on the sphere of a narrowed recogniser, to the nearest of some
-    thousands of training identities: so that what lies between them is covered. `empty` of the samples get the
-    learned empty context.
+    A context is the embedding of the very image (`own_image`), which teaches that what is made must embed as
+    it was asked to, or the identity's mean, which is what contexts of held-out identities look like.
+    `perturbed` of them are moved: c' = normalise(c + s n), n ~ N(0, I / W), s ~ U(0, `reach`), so that what
+    lies between the training identities is covered. At s = .6 the cosine to c is .86; among 8,000 identities
+    in 20 dimensions the nearest to a uniform draw is at about .75. `empty` of the samples get the learned
+    empty context.
     """
 
-    own_image: float = 0.5
+    own_image: float = 0.6
     perturbed: float = 0.25
-    reach: float = 0.8
+    reach: float = 0.6
     empty: float = 0.2
 
 
