@@ -137,12 +137,12 @@ class SamplesConfig(Model):
     """How images are sampled."""
 
     generator: str = Field(
-        default="packs/demo/generator", description="Folder of the generator, in the IDiff-Face release layout."
+        default="packs/demo/generator", description="Folder of the generator: an IDiff-Face release."
     )
     sampler: Sampler = Field(default=Sampler.ddim, description="The sampler.")
     steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps; ddpm always takes all of T.")
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 as DDPM.")
-    w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0 is plain identity conditioning.")
+    w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0: no negative.")
     weight: Weight = Field(default=Weight.constant, description="How the weight moves over the timesteps.")
     ddim_alpha: Form = Field(default=Form.exact, description="DDIM's previous alpha; paper: off by one.")
     final_noise: Form = Field(default=Form.exact, description="DDPM's noise at t = 1; paper: none.")
@@ -182,7 +182,7 @@ class EvaluationConfig(Model):
 
 
 class BuildConfig(Model):
-    """One synthetic dataset. Everything here but `name` and the two extents changes what an image looks like."""
+    """One synthetic dataset. All but `name`, the extents and the blocks changes what an image looks like."""
 
     name: str = Field(
         default="dataset",
@@ -216,7 +216,7 @@ class BuildConfig(Model):
 
 
 class ExecutionConfig(Model):
-    """How a build runs. Nothing here can change a pixel, beyond the stated tolerance of another batch size."""
+    """How a build runs. Nothing here changes a pixel, beyond the tolerance of another batch size."""
 
     executor: str = Field(
         default="threads",
@@ -227,6 +227,6 @@ class ExecutionConfig(Model):
     threads_per_worker: int = Field(default=1, ge=1, le=256, description="CPU threads of each worker.")
     batch_size: int = Field(default=0, ge=0, le=65_536, description="Images a batch; 0: fits the device.")
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where networks run; auto: a GPU if any."
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where networks run."
     )
     retries: int = Field(default=2, ge=0, le=20, description="Further rounds over units that failed.")

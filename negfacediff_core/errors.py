@@ -1,4 +1,4 @@
-"""Every error that the project raises on purpose. The command line shows these as one paragraph, without a traceback."""
+"""Every error that the project raises on purpose. The command line shows them without a traceback."""
 
 
 class NegFaceDiffError(Exception):
@@ -14,7 +14,7 @@ class WeightsError(NegFaceDiffError):
 
 
 class ContextsError(NegFaceDiffError):
-    """Identity contexts or a negative map that cannot be used: NaN, zero norm, wrong width, duplicates, bad indices."""
+    """Contexts or negatives that cannot be used: NaN, zero norm, wrong width, duplicates, bad indices."""
 
 
 class StoreError(NegFaceDiffError):

@@ -100,8 +100,8 @@ def save_generator(
 
     `unet` holds the averaged weights and `model` the keywords that it was built with; `diffusion` holds `T`
     and `schedule_type`. `conditioner_sha256` identifies the recogniser that made the contexts, so that nobody
-    judges the generator by it. Weights are stored as `dtype`; the schedule's constants stay float32. Each file
-    is replaced in one piece, the configuration last.
+    judges the generator by it. Weights are stored as `dtype`; the schedule's constants stay float32. Each
+    file is replaced in one piece, the configuration last.
     """
     folder = Path(folder)
     constants: dict[str, Any] = {"input_channels": unet.input_channels, "image_size": image_size}

@@ -1,7 +1,7 @@
 """A linear map that narrows embeddings to the directions in which identities differ.
 
-A recogniser of W dimensions trained on few kinds of faces fills only some of them: contexts drawn uniformly on
-its sphere then lie mostly where no face is. Linear discriminant analysis keeps the directions that tell
+A recogniser of W dimensions trained on few kinds of faces fills only some of them: contexts drawn uniformly
+on its sphere then lie mostly where no face is. Linear discriminant analysis keeps the directions that tell
 identities apart, and evening out their spread lets the identities fill the narrower sphere.
 """
 
@@ -26,7 +26,7 @@ class ProjectionSettings(NamedTuple):
     """How a projection is fitted."""
 
     width: int  # directions kept
-    evening: float = 0.5  # 0 leaves the spread between identities as it is, 1 makes it equal in all directions
+    evening: float = 0.5  # 0 leaves the spread between identities as it is, 1 makes it equal everywhere
     ridge: float = 0.05  # of the mean variance within identities, added to it: rare directions stay finite
     identities: int = 3000  # that it is fitted on, the first of the training set
 
@@ -34,8 +34,8 @@ class ProjectionSettings(NamedTuple):
 def fit_projection(embeddings: NDArray[np.float32], settings: ProjectionSettings) -> nn.Linear:
     """Fit e -> D^(-evening/2) U^T S_w^(-1/2) (e - mean) on `(N, K, W)` embeddings, not normalised.
 
-    S_w is the covariance within identities (ridged), and U, D are the leading eigenvectors and eigenvalues of
-    the covariance between them after S_w has been whitened. Returns the map, W to `settings.width`, in float32.
+    S_w is the covariance within identities (ridged), and U, D are the leading eigenvectors and eigenvalues
+    of the covariance between them after S_w has been whitened. Returns the map, W to `settings.width`.
     Raises ConfigError if there are fewer identities than directions, or nothing to narrow.
     """
     identities, replicates, before = embeddings.shape
