@@ -1,0 +1,208 @@
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusion_reference import TINY_MODEL, randomised
+
+from negfacediff_core.diffusion.checkpoint import Generator
+from negfacediff_core.diffusion.engine import SamplerSettings, SamplingEngine
+from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder
+from negfacediff_core.diffusion.guidance import WEIGHTS, negative_guidance
+from negfacediff_core.diffusion.samplers import SAMPLERS, ddim
+from negfacediff_core.diffusion.schedule import linear
+from negfacediff_core.diffusion.unet import ConditionalUNet
+from negfacediff_core.errors import ConfigError, ContextsError
+from negfacediff_core.images import to_uint8
+from negfacediff_core.noise import gaussian
+
+SETTINGS = SamplerSettings(steps=4, w=0.5)
+FIRST_STAGE = FirstStageSettings(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=512)
+
+
+def make_generator(**model):
+    unet = randomised(ConditionalUNet(**TINY_MODEL | model))
+    return Generator(
+        unet=unet,
+        schedule=linear(25),
+        decoder=randomised(VQDecoder(FIRST_STAGE)),
+        encoder=None,
+        latent_shape=(3, 8, 8),
+        context_width=unet.context_width if unet.is_context_conditional else 0,
+        image_size=16,
+        folder=Path("nowhere"),
+    )
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return make_generator()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Three identities with three, two and two images, each guided away from the next."""
+    identities, replicates = np.array([0, 0, 0, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1, 5, 6])
+    contexts = np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)
+    return contexts[identities], contexts[(identities + 1) % 3], identities, replicates
+
+
+def take(rows, indices):
+    return tuple(column[indices] for column in rows)
+
+
+def assert_close(found, expected):
+    """Equal up to batched rounding: a grey level, but for the few pixels where it chose another code."""
+    difference = np.abs(found.images.astype(int) - expected.images.astype(int))
+    assert (difference > 1).mean() < 0.01
+    assert np.allclose(found.clipped, expected.clipped, atol=0.01)
+
+
+@torch.inference_mode()
+def test_images_are_those_of_the_formulas_applied_one_by_one(generator, rows):
+    found = SamplingEngine(generator, SETTINGS).sample(*rows, seed=9)
+    assert found.images.shape == (7, 16, 16, 3) and found.images.dtype == np.uint8
+    assert found.clipped.shape == (7,) and found.clipped.dtype == np.float32
+    unet = generator.unet
+    for i in (0, 4, 6):
+        context, negative = (unet.project_context(torch.from_numpy(column[i : i + 1])) for column in rows[:2])
+        eps_model = negative_guidance(unet, context, negative, WEIGHTS["constant"](0.5, 25))
+        x_T = gaussian(9, [rows[2][i]], [rows[3][i]], 25, (3, 8, 8))
+        decoded = generator.decoder(ddim(eps_model, x_T, generator.schedule, None, 4))
+        difference = np.abs(found.images[i].astype(int) - to_uint8(decoded)[0].numpy().astype(int))
+        assert (difference > 1).mean() < 0.01
+        assert found.clipped[i] == pytest.approx(float((decoded.abs() > 1).float().mean()), abs=0.01)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_batch_size_and_order_change_nothing_but_rounding(generator, rows, sampler):
+    settings = SamplerSettings(sampler=sampler, steps=4, eta=0.5)
+    whole = SamplingEngine(generator, settings, batch_size=7).sample(*rows, seed=9)
+    order = np.array([6, 2, 0, 5, 1, 4, 3])
+    mixed = SamplingEngine(generator, settings, batch_size=3).sample(*take(rows, order), seed=9)
+    assert_close(mixed, whole._replace(images=whole.images[order], clipped=whole.clipped[order]))
+
+
+def test_the_same_batches_give_the_same_bits(generator, rows):
+    first, second = (
+        SamplingEngine(generator, SETTINGS, batch_size=4).sample(*rows, seed=9) for _ in range(2)
+    )
+    assert np.array_equal(first.images, second.images) and np.array_equal(first.clipped, second.clipped)
+
+
+def test_seed_identity_replicate_and_guidance_all_matter(generator, rows):
+    one = take(rows, np.array([3]))
+    engine = SamplingEngine(generator, SETTINGS)
+    base = engine.sample(*one, seed=9).images
+    context, negative, identity, replicate = one
+    others = [
+        engine.sample(*one, seed=10),
+        engine.sample(context, negative, identity + 1, replicate, 9),
+        engine.sample(context, negative, identity, replicate + 1, 9),
+        engine.sample(negative, negative, identity, replicate, 9),
+        engine.sample(context, context, identity, replicate, 9),
+        SamplingEngine(generator, SamplerSettings(steps=4, w=0.0)).sample(
+            context, None, identity, replicate, 9
+        ),
+    ]
+    for other in others:
+        assert not np.array_equal(other.images, base)
+    # pushing away from oneself is not pushing at all
+    assert_close(others[4], others[5])
+
+
+def test_every_distinct_vector_of_a_batch_is_projected_once_for_all_steps(generator, rows, monkeypatch):
+    projected = []
+    project = ConditionalUNet.project_context
+
+    def counting(self, context, *arguments):
+        projected.append(len(context))
+        return project(self, context, *arguments)
+
+    monkeypatch.setattr(ConditionalUNet, "project_context", counting)
+    SamplingEngine(generator, SETTINGS, batch_size=7).sample(*rows, seed=9)
+    assert projected == [3]
+
+
+def test_progress_counts_images(generator, rows):
+    done = []
+    SamplingEngine(generator, SETTINGS, batch_size=3).sample(*rows, seed=9, progress=done.append)
+    assert done == [3, 6, 7]
+
+
+def test_running_out_of_memory_halves_the_batch_and_goes_on(generator, rows, monkeypatch):
+    expected = SamplingEngine(generator, SETTINGS, batch_size=7).sample(*rows, seed=9)
+    forward, limit = ConditionalUNet.forward, 4
+
+    def cramped(self, x, *arguments):
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("too many rows")
+        return forward(self, x, *arguments)
+
+    monkeypatch.setattr(ConditionalUNet, "forward", cramped)
+    engine = SamplingEngine(generator, SETTINGS, batch_size=7)
+    # a pass holds positive and negative, so four rows are two images; 7 -> 3 -> 1
+    assert_close(engine.sample(*rows, seed=9), expected)
+    assert engine.batch_size == 1
+    limit = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.sample(*rows, seed=9)
+
+
+def test_bfloat16_leaves_the_generator_alone_and_stays_near(generator, rows):
+    exact = SamplingEngine(generator, SETTINGS).sample(*rows, seed=9).images.astype(int)
+    rounded = SamplingEngine(generator, SETTINGS, precision="bf16").sample(*rows, seed=9).images.astype(int)
+    assert generator.unet.dtype == torch.float32
+    assert np.abs(rounded - exact).mean() < 0.2 * exact.std()
+
+
+def test_an_unconditional_generator_needs_no_contexts():
+    generator = make_generator(is_context_conditional=False, condition_type="AdaGN")
+    engine = SamplingEngine(generator, SamplerSettings(steps=2, w=0.0))
+    images = engine.sample(None, None, np.arange(2), np.zeros(2, np.int64), seed=1).images
+    assert images.shape == (2, 16, 16, 3) and not np.array_equal(images[0], images[1])
+
+
+def test_images_that_are_not_finite_are_marked(generator, rows):
+    broken = copy.deepcopy(generator.decoder)
+    broken.decoder.conv_out.bias.data[0] = torch.nan
+    damaged = Generator(**{**vars(generator), "decoder": broken})
+    samples = SamplingEngine(damaged, SETTINGS).sample(*take(rows, np.array([0])), seed=9)
+    assert np.isnan(samples.clipped).all()
+
+
+def test_no_rows_give_no_images(generator, rows):
+    samples = SamplingEngine(generator, SETTINGS).sample(*take(rows, np.array([], np.int64)), seed=9)
+    assert samples.images.shape == (0, 16, 16, 3) and samples.clipped.shape == (0,)
+
+
+def test_rows_that_do_not_fit_are_refused(generator, rows):
+    engine = SamplingEngine(generator, SETTINGS)
+    contexts, negatives, identities, replicates = rows
+    nan = contexts.copy()
+    nan[4, 2] = np.nan
+    for columns, message in (
+        ((contexts[:, :8], negatives, identities, replicates), r"contexts have shape \(7, 8\).*\(7, 16\)"),
+        ((contexts, negatives[:3], identities, replicates), r"negatives have shape \(3, 16\)"),
+        ((contexts, negatives, identities, replicates[:3]), "7 identities and 3 replicates"),
+        ((nan, negatives, identities, replicates), "contexts hold NaN or infinity, first for identity 1"),
+        ((contexts, None, identities, replicates), "weight is 0.5 but no negatives"),
+        ((None, negatives, identities, replicates), "without contexts"),
+    ):
+        with pytest.raises(ContextsError, match=message):
+            engine.sample(*columns, seed=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (SamplerSettings(sampler="euler"), {}, "sampler is 'euler'.*ddim, ddpm, dpm_solver"),
+        (SamplerSettings(weight="linear"), {}, "weight is 'linear'.*adaptive"),
+        (SETTINGS, {"precision": "fp8"}, "precision is 'fp8'.*fp32, bf16"),
+        (SETTINGS, {"batch_size": -1}, "batch_size is -1"),
+    ],
+)
+def test_unknown_settings_are_refused(generator, settings, options, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingEngine(generator, settings, **options)
