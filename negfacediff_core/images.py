@@ -16,4 +16,5 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 def to_float(images: NDArray[np.uint8]) -> torch.Tensor:
     """Convert `(N, H, W, 3)` uint8 RGB to `(N, 3, H, W)` float32 in [-1, 1]: x / 127.5 - 1."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    planes = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous()
+    return planes.float().div_(127.5).sub_(1)

@@ -1,0 +1,154 @@
+"""The flow `build_dataset`: contexts, negatives, samples, aligned, embeddings, evaluation, in rounds.
+
+What is done is known from the store alone. Every round plans the pending units from disk, hands them out and
+waits for them all; running the same build again after any interruption is therefore how one goes on with it.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
+from rich.console import Console
+
+from flows.progress import Meter, show_progress
+from flows.results import figures_of, publish, record_run, report_of, write_page
+from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.errors import BuildError
+from negfacediff_core.stages import pending_units, plan_build
+from negfacediff_core.store.layout import StageSpec, Unit
+from negfacediff_core.store.shards import prepare
+from tasks.chunks import Crew, Failure, Line, run_chunk
+from tasks.executors import open_pool
+
+# Stages of one group run unit by unit, one behind the other; a group starts when the one before is complete.
+GROUPS = (("contexts",), ("negatives",), ("samples", "aligned", "embeddings"), ("evaluation",))
+# A round of a group is at most this many Prefect task runs, so that a build stays under about 500 of them.
+CHUNKS = 80
+# Units a chunk has at least for each worker, so that starting chunks costs nothing that matters.
+UNITS_PER_WORKER = 4
+# Two chunks overlap: while one waits for its last units, the other keeps the workers busy.
+CHUNKS_AT_ONCE = 2
+# Failed units that an error names; the rest are counted.
+NAMED = 3
+DEFAULT_EXECUTION = ExecutionConfig()
+
+
+@flow(
+    name="build-dataset",
+    flow_run_name="{build.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE),
+)
+def build_dataset(
+    build: BuildConfig, execution: ExecutionConfig = DEFAULT_EXECUTION, store: str = "store"
+) -> dict[str, Any]:
+    """Build one dataset, or finish one, in `store` (a folder or an fsspec URL).
+
+    Whatever can be is checked before work starts (ConfigError, WeightsError, ContextsError, StoreError).
+    BuildError, naming units and logs, if some still fail when the rounds (`execution.retries`) are used up.
+    Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` of this run.
+    """
+    begun = time.time()
+    specs = stages_of(build, store)
+    for spec in specs.values():
+        prepare(spec)
+    record_run(build, specs, store)
+    _run_stages(specs, execution, f"Building {build.name} in {store}")
+    seconds = time.time() - begun
+    record_run(build, specs, store, seconds)
+    figures = figures_of(build.name, specs)
+    report = report_of(f"Dataset {build.name}", [figures], specs, seconds)
+    publish(build.name, report, write_page(specs, report))
+    return {
+        "name": build.name,
+        "stages": {name: spec.directory for name, spec in specs.items()},
+        "figures": figures,
+        "seconds": seconds,
+    }
+
+
+def stages_of(build: BuildConfig, store: str) -> dict[str, StageSpec]:
+    """Plan the stages of a build, by name, in order; checks everything, and raises as `build_dataset`."""
+    return {spec.name: spec for spec in plan_build(build, store)}
+
+
+def _run_stages(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str) -> None:
+    """Bring every stage to its end, with progress on the console; starts no workers where nothing is left."""
+    meters = [meter_of(spec) for spec in specs.values()]
+    if all(meter.complete for meter in meters):
+        return
+    stop = threading.Event()
+    with (
+        open_pool(execution) as pool,
+        show_progress(title, meters, Console(stderr=True)) as reporter,
+    ):
+        crew = Crew(pool, execution, reporter.started, reporter.committed, stop)
+        try:
+            for group in GROUPS:
+                finish([specs[stage] for stage in group], crew)
+        except BaseException:
+            # the chunks' threads end at their next look, before the pool is closed
+            stop.set()
+            raise
+
+
+def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
+    """Run rounds over the units that the stages `specs` lack; raises BuildError when rounds are used up."""
+    failures: list[Failure] = []
+    rounds = crew.execution.retries + 1
+    for attempt in range(rounds):
+        lines = pending_lines(specs)
+        if not lines:
+            return
+        failures = _run_round(lines, attempt, crew)
+    if left := pending_lines(specs):
+        raise BuildError(_describe_failures(failures, len(left), rounds))
+
+
+def pending_lines(specs: Sequence[StageSpec]) -> list[Line]:
+    """Return every unit that lacks some of the stages, with those that it lacks, in order: read from disk."""
+    missing: dict[Unit, list[StageSpec]] = {}
+    for spec in specs:
+        for unit in pending_units(spec):
+            missing.setdefault(unit, []).append(spec)
+    return [Line(unit, tuple(missing[unit])) for unit in sorted(missing)]
+
+
+def _run_round(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
+    size = max(UNITS_PER_WORKER * crew.pool.workers, -(-len(lines) // CHUNKS))
+    chunks = [lines[start : start + size] for start in range(0, len(lines), size)]
+    stages = "+".join(dict.fromkeys(spec.name for line in lines for spec in line.specs))
+    futures = [
+        run_chunk.submit(
+            f"{stages} {number}/{len(chunks)}" + (f" round {attempt + 1}" if attempt else ""),
+            quote(chunk),
+            attempt,
+            quote(crew),
+        )
+        for number, chunk in enumerate(chunks, start=1)
+    ]
+    return [failure for future in futures for failure in future.result()]
+
+
+def _describe_failures(failures: Sequence[Failure], left: int, rounds: int) -> str:
+    named = "; ".join(f"{one.error.rstrip('.')} (log {one.log})" for one in failures[:NAMED])
+    more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
+    return (
+        f"{left} units are not done after {rounds} rounds: {named or 'they ran, but left no record'}{more}. "
+        "Mend the cause and run the same command again: what is committed stays."
+    )
+
+
+def meter_of(spec: StageSpec) -> Meter:
+    """Return the progress meter of a stage: rows of its extent, and those committed already."""
+    left = sum(_rows(spec, unit) for unit in pending_units(spec))
+    total = sum(_rows(spec, unit) for unit in spec.grid.units())
+    noun = "images" if spec.per_replicate else "identities"
+    return Meter(spec.name, noun, total, before=total - left)
+
+
+def _rows(spec: StageSpec, unit: Unit) -> int:
+    return len(spec.grid.identities_of(unit)) * len(spec.grid.replicates_of(unit))

@@ -1,0 +1,237 @@
+"""The `negfacediff` command. Heavy imports stand inside the commands, so that help comes at once."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.pack import app as pack_app
+from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.errors import BuildError, NegFaceDiffError
+
+BAD_INPUT, BUILD_FAILED = 2, 1
+_EXECUTION = ExecutionConfig()
+
+app = typer.Typer(
+    name="negfacediff",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Build synthetic face-recognition training sets with identity-conditioned diffusion and negative "
+    "contexts.\n\nStart with [bold]negfacediff demo[/bold]: it builds two small datasets from the same "
+    "contexts and noise, without and with a negative, and compares them.",
+)
+app.add_typer(pack_app, name="pack")
+
+Executor = Annotated[
+    str,
+    typer.Option(
+        help="Where units run: threads (of this process), dask (local processes), cuda (a process a GPU), or "
+        "the address of a Dask scheduler, tcp://host:8786."
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Workers; 0 is one a core or GPU.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of each worker.")]
+BatchSize = Annotated[int, typer.Option(help="Images a batch; 0 fits the device.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Retries = Annotated[int, typer.Option(help="Further rounds over units that failed.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "negfacediff build demo --store out\n\n"
+    "negfacediff build demo --set name=mine --set samples.w=0.3 --set negatives.rule=close\n\n"
+    "negfacediff build my.yaml --store s3://bucket/faces --executor tcp://scheduler:8786"
+)
+def build(
+    preset: Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")],
+    store: Annotated[str, typer.Option(help="Folder or fsspec URL that datasets are kept in.")] = "store",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
+        ),
+    ] = None,
+    executor: Executor = _EXECUTION.executor,
+    workers: Workers = _EXECUTION.workers,
+    threads_per_worker: Threads = _EXECUTION.threads_per_worker,
+    batch_size: BatchSize = _EXECUTION.batch_size,
+    device: Device = _EXECUTION.device,
+    retries: Retries = _EXECUTION.retries,
+    verbose: Verbose = False,
+) -> None:
+    """Build a dataset, or finish one: contexts, negatives, samples, aligned crops, embeddings, evaluation.
+
+    Running the same command again goes on where it stopped: what is committed is never made twice. Another
+    setting makes another dataset beside it, in the same store, and shares the stages that do not differ.
+    """
+    from flows.presets import load_build
+
+    config = load_build(preset, set_ or [])
+    execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
+    _check([config], store)
+    _log(verbose)
+    from flows.build import build_dataset
+    from flows.launch import launch
+
+    result = launch(build_dataset, build=config, execution=execution, store=store)
+    _print_figures([result["figures"]])
+    stages = result["stages"]
+    _print_places(
+        images=stages["samples"], crops=stages["aligned"], report=f"{stages['evaluation']}/report.html"
+    )
+
+
+@app.command(epilog="Example: negfacediff demo --out demo --executor dask")
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the store, the report and the pictures.")] = "demo",
+    executor: Executor = _EXECUTION.executor,
+    workers: Workers = _EXECUTION.workers,
+    threads_per_worker: Threads = _EXECUTION.threads_per_worker,
+    batch_size: BatchSize = _EXECUTION.batch_size,
+    device: Device = _EXECUTION.device,
+    retries: Retries = _EXECUTION.retries,
+    verbose: Verbose = False,
+) -> None:
+    """Build two small datasets from the same contexts and noise, w = 0 and w = 0.5, and compare them.
+
+    Writes report.html, report.json, histogram.png and contact_sheet.png. Takes minutes on two CPU cores.
+    """
+    from flows.presets import demo_builds
+
+    execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
+    _check(demo_builds(), f"{out}/store")
+    _log(verbose)
+    from flows.demo import demo as demo_flow
+    from flows.launch import launch
+
+    report = launch(demo_flow, out=out, execution=execution)
+    _print_figures(report["datasets"])
+    _print_places(
+        report=f"{out}/report.html",
+        figures=f"{out}/report.json",
+        pictures=f"{out}/histogram.png, {out}/contact_sheet.png",
+    )
+
+
+@app.command()
+def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a store.")]) -> None:
+    """Show how far every stage in a store is, read from the store alone.
+
+    done and pending count work units, failed the samples (rows) in them that failed; left is the time that
+    what is pending takes at the rate so far.
+    """
+    from flows.progress import clock_text
+    from negfacediff_core.errors import StoreError
+    from negfacediff_core.store.status import status as read_status
+
+    stages = read_status(store)
+    if not stages:
+        raise StoreError(f"There is no store at {store}: no stage directory lies there. Check the path.")
+    table = Table("stage", "fingerprint", "runs", box=None, pad_edge=False)
+    for column in ("done", "pending", "failed", "rows/s", "left"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_row(
+            stage.stage,
+            stage.fingerprint,
+            ", ".join(stage.runs),
+            f"{stage.done:,}",
+            f"{stage.pending:,}",
+            f"{stage.failed:,}",
+            "" if stage.rate is None else f"{stage.rate:,.1f}",
+            clock_text(stage.seconds_left) if stage.pending and stage.seconds_left else "",
+        )
+    Console().print(table)
+
+
+@app.command()
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this preset: the start of a file of your own.")
+    ] = None,
+) -> None:
+    """List the presets with a line each, or print one."""
+    from flows.presets import headline, preset_text, preset_texts
+
+    if name is not None:
+        print(preset_text(name), end="")
+        return
+    table = Table("preset", "what it builds", box=None)
+    for preset, text in preset_texts().items():
+        table.add_row(f"[bold]{preset}", headline(text))
+    Console().print(table)
+
+
+@app.command()
+def fields() -> None:
+    """List every field that a preset or --set can give, with its default and what it means."""
+    from flows.presets import describe_fields
+
+    table = Table("field", "default", "meaning", box=None)
+    for name, default, meaning in describe_fields():
+        table.add_row(f"[bold]{name}", default, meaning)
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. An error that a user can mend is one paragraph on stderr and an exit code."""
+    try:
+        app(arguments)
+    except NegFaceDiffError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(BUILD_FAILED if isinstance(error, BuildError) else BAD_INPUT)
+
+
+def _execution(
+    executor: str, workers: int, threads_per_worker: int, batch_size: int, device: str, retries: int
+) -> ExecutionConfig:
+    from flows.presets import check_execution
+
+    return check_execution(
+        {
+            "executor": executor,
+            "workers": workers,
+            "threads_per_worker": threads_per_worker,
+            "batch_size": batch_size,
+            "device": device,
+            "retries": retries,
+        }
+    )
+
+
+def _check(builds: list[BuildConfig], store: str) -> None:
+    """Check all inputs, as the flow does: here an error comes before Prefect starts."""
+    from negfacediff_core.stages import plan_build
+
+    for one in builds:
+        plan_build(one, store)
+
+
+def _log(verbose: bool) -> None:
+    """Let Prefect's log through to the console; takes effect where Prefect has not been imported yet."""
+    if verbose:
+        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
+
+
+def _print_figures(datasets: list[dict[str, Any]]) -> None:
+    """Print the datasets' figures side by side, a column a dataset."""
+    from flows.results import figure_rows
+
+    table = Table("", *(dataset["name"] for dataset in datasets), box=None, header_style="bold")
+    for row in figure_rows(datasets):
+        table.add_row(*row)
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print()
+
+
+def _print_places(**places: str) -> None:
+    for label, place in places.items():
+        print(f"{label:<9}{place}")

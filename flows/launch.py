@@ -1,0 +1,69 @@
+"""Runs a flow from the command line: quietly, with an orderly end when it is interrupted."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL
+
+from negfacediff_core.errors import ConfigError
+from tasks.executors import shielded_from_interrupts
+
+INTERRUPTED = 130
+
+
+def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
+    """Return `flow(**parameters)`; on Ctrl-C say how to go on and leave the process with exit code 130.
+
+    The flow runs against the Prefect server at PREFECT_API_URL, and without one against an embedded server.
+    Raises ConfigError if the server does not answer.
+    """
+    address = PREFECT_API_URL.value()
+    try:
+        if address is None:
+            _start_embedded_server()
+        else:
+            _check_server(address)
+        return flow(**parameters)
+    except KeyboardInterrupt:
+        # The rest is quick, and a second Ctrl-C must not cut it short.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        command = shlex.join(["negfacediff", *sys.argv[1:]])
+        print(
+            f"\nInterrupted. Finished units are kept; the same command goes on from here:\n  {command}",
+            file=sys.stderr,
+        )
+        for server in list(SubprocessASGIServer._instances.values()):
+            server.stop()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads in mid-unit cannot be stopped and would hold the process up; they have committed nothing.
+        os._exit(INTERRUPTED)
+
+
+def _start_embedded_server() -> None:
+    """Start the server that Prefect would start by itself, but so that Ctrl-C does not end it before the flow."""
+    print("Starting Prefect (about ten seconds)...", file=sys.stderr)
+
+    def start() -> None:
+        with shielded_from_interrupts():
+            SubprocessASGIServer().start()
+
+    # In a thread of its own, so that this one hears Ctrl-C while it waits.
+    ThreadPoolExecutor(1).submit(start).result()
+
+
+def _check_server(address: str) -> None:
+    try:
+        httpx.get(f"{address}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"PREFECT_API_URL is {address}, but no Prefect server answers there ({error}): start one with "
+            "`prefect server start`, or unset PREFECT_API_URL to run without."
+        ) from error

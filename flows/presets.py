@@ -1,0 +1,172 @@
+"""From a preset's name or a YAML file, and `field=value` settings, to a checked `BuildConfig`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.errors import ConfigError
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def preset_texts() -> dict[str, str]:
+    """Return the shipped presets: name -> YAML text, sorted by name."""
+    folder = files("deployments") / "presets"
+    found = {
+        item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")
+    }
+    return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
+
+
+def headline(text: str) -> str:
+    """Return what a preset says of itself: its first line, which is a comment."""
+    return text.splitlines()[0].lstrip("# ").rstrip()
+
+
+def preset_text(name: str) -> str:
+    """Return the YAML text of the preset `name`; raises ConfigError, with the nearest name."""
+    presets = preset_texts()
+    if name not in presets:
+        raise ConfigError(
+            f"There is no preset {name!r}{_nearest(name, presets)}. Presets are {', '.join(presets)}; "
+            "a file of your own ends in .yaml."
+        )
+    return presets[name]
+
+
+def load_build(source: str, settings: Sequence[str] = ()) -> BuildConfig:
+    """Read preset or file `source`, apply `field=value` settings in order, and check the whole.
+
+    Raises ConfigError, naming the field, its value and what is allowed.
+    """
+    values = _read(source)
+    for setting in settings:
+        _apply(values, setting)
+    return check_build(values, source)
+
+
+def demo_builds() -> list[BuildConfig]:
+    """Return the two builds of the demo: the preset, after the same without its negative."""
+    preset = load_build("demo")
+    values = preset.model_dump()
+    plain = {
+        **values,
+        "name": "demo-none",
+        "negatives": {**values["negatives"], "rule": "none"},
+        "samples": {**values["samples"], "w": 0.0},
+    }
+    return [
+        check_build(plain, "the demo's build without a negative"),
+        check_build({**values, "name": f"demo-{preset.negatives.rule}"}, "the demo's build"),
+    ]
+
+
+def check_build(values: Mapping[str, Any], source: str) -> BuildConfig:
+    """Validate the plain `values` of a build, said to come from `source`; raises ConfigError."""
+    try:
+        return BuildConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {explain(error, BuildConfig)}") from error
+
+
+def check_execution(values: Mapping[str, Any]) -> ExecutionConfig:
+    """Validate how a build is to be run; raises ConfigError."""
+    try:
+        return ExecutionConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, ExecutionConfig)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one paragraph what pydantic found wrong with the fields of `model`."""
+    return " ".join(_explain_one(dict(detail), model) for detail in error.errors(include_url=False))
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted name, like `samples.steps`, and the field of every setting of `model`."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from fields_of(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def describe_fields() -> list[tuple[str, str, str]]:
+    """Return name, default and meaning of every field of a build, in order."""
+    return [(name, str(info.default), info.description or "") for name, info in fields_of(BuildConfig)]
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in SUFFIXES:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"The build file {source} cannot be read ({error}): check the path, or name a preset "
+                "(`negfacediff presets` lists them)."
+            ) from error
+    else:
+        text = preset_text(source)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} must hold `field: value` lines; it holds a {type(values).__name__}.")
+    return values
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    """Put one `field=value` into the nested `values`; the value is read as a YAML scalar."""
+    name, equals, text = setting.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set {setting!r} is not field=value: write for example --set samples.w=0.3.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--set {setting!r}: the value is not YAML ({' '.join(str(error).split())})."
+        ) from error
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {setting!r}: {part} is a single value and has no fields.")
+        values = inner
+    values[path[-1]] = value
+
+
+def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    known = dict(fields_of(model))
+    if detail["type"] == "extra_forbidden":
+        if model is BuildConfig and name in ExecutionConfig.model_fields:
+            return f"{name} is no part of what is built: give it as the option --{name.replace('_', '-')}."
+        return f"there is no field {name}{_nearest(name, known)}. `negfacediff fields` lists all fields."
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{message}."
+    message = message[0].lower() + message[1:]
+    if detail["type"] == "enum":
+        message += _nearest(str(detail["input"]), [choice.value for choice in known[name].annotation])
+    meaning = f" {name}: {known[name].description}" if name in known else ""
+    return f"{name} is {detail['input']!r}, but {message}.{meaning}"
+
+
+def _nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return `; did you mean x?`, or nothing. Of dotted names the last part alone is tried as well."""
+    near = get_close_matches(word, known, n=1)
+    if not near:
+        last = {name.split(".")[-1]: name for name in known}
+        near = [last[match] for match in get_close_matches(word.split(".")[-1], last, n=1)]
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,155 @@
+"""Progress of a build on the console: a bar a stage on a terminal, otherwise a plain line now and then."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+# Seconds between two plain lines of one stage.
+QUIET = 10.0
+
+
+@dataclass
+class Meter:
+    """Work of one stage: `total` things of a `noun`, `before` of them done by earlier runs, `done` in this.
+
+    Only this run's work counts for the rate, from the moment when its first unit was handed out.
+    """
+
+    stage: str
+    noun: str
+    total: int
+    before: int = 0
+    done: int = 0
+    started: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    finished: float | None = None
+    shown: float = field(default=-QUIET)
+
+    def start(self) -> None:
+        """Note that work begins now, unless it has begun."""
+        if self.started is None:
+            self.started = self.clock()
+
+    def advance(self, count: int) -> None:
+        """Add finished work."""
+        self.done += count
+        if self.complete:
+            self.finished = self.clock()
+
+    @property
+    def position(self) -> int:
+        """Things done so far, by this run and earlier ones."""
+        return min(self.before + self.done, self.total)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left."""
+        return self.before + self.done >= self.total
+
+    @property
+    def rate(self) -> float | None:
+        """Things a second in this run; None before the first."""
+        if self.started is None or not self.done:
+            return None
+        return self.done / max((self.finished or self.clock()) - self.started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that the rest takes at this rate; None while that is unknown."""
+        return (self.total - self.position) / self.rate if self.rate else None
+
+    def describe(self) -> str:
+        """Return rate and time left in words: `18.2 images/s, 0:42 left`."""
+        if self.complete and not self.done:
+            return "done before"
+        if self.rate is None:
+            return "waiting" if self.started is None else "running"
+        rate = f"{self.rate:,.1f} {self.noun}/s"
+        return f"{rate}, done" if self.complete else f"{rate}, {clock_text(self.seconds_left or 0.0)} left"
+
+
+def clock_text(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """What a build tells: `started(stage)` and `committed(stage, count)`. Safe to call from any thread."""
+
+    started: Callable[[str], None]
+    committed: Callable[[str, int], None]
+
+
+@contextmanager
+def show_progress(title: str, meters: Sequence[Meter], console: Console) -> Iterator[Reporter]:
+    """Show the meters on `console` while the block runs: as bars on a terminal, else as lines."""
+    by_stage = {meter.stage: meter for meter in meters}
+    lock = threading.Lock()
+    display = _bars(title, meters, console) if console.is_terminal else _lines(title, console)
+
+    with display as refresh:
+
+        def started(stage: str) -> None:
+            with lock:
+                by_stage[stage].start()
+                refresh(by_stage[stage])
+
+        def committed(stage: str, count: int) -> None:
+            with lock:
+                by_stage[stage].advance(count)
+                refresh(by_stage[stage])
+
+        yield Reporter(started, committed)
+
+
+class _MeterColumn(ProgressColumn):
+    """Rate and time left of a meter."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["meter"].describe(), style="cyan")
+
+
+@contextmanager
+def _bars(title: str, meters: Sequence[Meter], console: Console) -> Iterator[Callable[[Meter], None]]:
+    columns = (
+        TextColumn("[bold]{task.description:<11}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.completed:>7,.0f}/{task.total:,.0f} {task.fields[meter].noun}"),
+        _MeterColumn(),
+    )
+    console.print(f"[bold]{title}[/bold]")
+    with Progress(*columns, console=console) as progress:
+        tasks = {
+            meter.stage: progress.add_task(
+                meter.stage, total=meter.total, completed=meter.position, meter=meter
+            )
+            for meter in meters
+        }
+        yield lambda meter: progress.update(tasks[meter.stage], completed=meter.position)
+
+
+@contextmanager
+def _lines(title: str, console: Console) -> Iterator[Callable[[Meter], None]]:
+    console.print(title, highlight=False)
+
+    def refresh(meter: Meter) -> None:
+        now = meter.clock()
+        if not meter.done or (now - meter.shown < QUIET and not meter.complete):
+            return
+        meter.shown = now
+        console.print(
+            f"  {meter.stage:<11} {meter.position:,}/{meter.total:,} {meter.noun}, {meter.describe()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    yield refresh

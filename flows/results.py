@@ -1,0 +1,145 @@
+"""What a finished build leaves besides its stages: run record, report page, and Prefect's artifact."""
+
+import base64
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+
+from negfacediff_core.config import BuildConfig
+from negfacediff_core.evaluation.figures import FIGURES
+from negfacediff_core.evaluation.report import render_report
+from negfacediff_core.store.layout import StageSpec
+from negfacediff_core.store.records import read_record, records
+from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.shards import read_file
+from negfacediff_core.store.status import rate
+from tasks.executors import installed_versions
+
+# Those that an evaluation may hold: without two comparable images there is no histogram.
+PICTURES = ("histogram", "contact_sheet")
+
+
+def record_run(
+    build: BuildConfig, specs: Mapping[str, StageSpec], store: str, seconds: float | None = None
+) -> None:
+    """Write `runs/<name>.json`: what the name stands for. `seconds` is None until the build is complete."""
+    write_run(
+        store,
+        build.name,
+        {
+            "config": build.model_dump(mode="json"),
+            "stages": {
+                name: {
+                    "fingerprint": spec.fingerprint,
+                    "identities": spec.grid.identities,
+                    "replicates": spec.grid.replicates,
+                }
+                for name, spec in specs.items()
+            },
+            "licences": licences_of(specs),
+            "versions": installed_versions(),
+            "seconds": seconds,
+            "timings": {name: _timings(spec) for name, spec in specs.items()},
+        },
+    )
+
+
+def licences_of(specs: Mapping[str, StageSpec]) -> list[dict[str, str]]:
+    """Return what the weights of the stages say of their licence: `part`, `licence` and `source` of each."""
+    weights = {
+        weight.path: f"{name}: {role}"
+        for name, spec in specs.items()
+        for role, weight in spec.weights.items()
+    }
+    return [{"part": part, "licence": _licence(Path(path)), "source": path} for path, part in weights.items()]
+
+
+def _licence(weights: Path) -> str:
+    """Return the first line of the licence file in the folder of `weights`, or in the one that holds it."""
+    for folder in (weights, *weights.parents[:2]):
+        for file in sorted(folder.glob("LICEN[CS]E*")):
+            return file.read_text(encoding="utf-8").strip().splitlines()[0]
+    return "not stated; a dataset inherits the conditions of its weights"
+
+
+def _timings(spec: StageSpec) -> dict[str, float]:
+    """Return the seconds that the committed units of a stage took, by phase, summed over workers."""
+    totals: Counter[str] = Counter()
+    for record in records(spec):
+        totals.update(record.seconds)
+    return {phase: round(seconds, 3) for phase, seconds in totals.items()}
+
+
+def figures_of(name: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
+    """Return a built dataset's settings and figures as in `report.json`, with the rate of its sampling."""
+    evaluation = specs["evaluation"]
+    figures = json.loads(read_file(evaluation, evaluation.grid.units()[0], "report.json"))
+    lineage = {stage: spec.fingerprint for stage, spec in specs.items()}
+    return {
+        "name": name,
+        **figures,
+        "images_per_second": rate(records(specs["samples"])),
+        "lineage": lineage,
+    }
+
+
+def report_of(
+    title: str, datasets: Sequence[Mapping[str, Any]], specs: Mapping[str, StageSpec], seconds: float
+) -> dict[str, Any]:
+    """Return the report of datasets that were made in `seconds`; `specs` are the stages of any of them."""
+    return {
+        "title": title,
+        "datasets": list(datasets),
+        "seconds": round(seconds, 1),
+        "licences": licences_of(specs),
+        "device": ", ".join(sorted({record.device for record in records(specs["samples"])})),
+        "versions": installed_versions(),
+    }
+
+
+def write_page(specs: Mapping[str, StageSpec], report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Write `report.html` beside the evaluation; return its pictures by name."""
+    evaluation = specs["evaluation"]
+    unit = evaluation.grid.units()[0]
+    files = read_record(evaluation, unit).sha256
+    pictures = {
+        name: read_file(evaluation, unit, f"{name}.png") for name in PICTURES if f"{name}.png" in files
+    }
+    evaluation.location.write_atomic("report.html", render_report(report, pictures).encode())
+    return pictures
+
+
+def publish(name: str, report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+    """Show figures and pictures in Prefect, under the build's name; `data:` pictures render offline."""
+    datasets = report["datasets"]
+    head = "| |" + "".join(f" {dataset['name']} |" for dataset in datasets)
+    rows = [
+        f"| {title} |" + "".join(f" {cell} |" for cell in cells) for title, *cells in figure_rows(datasets)
+    ]
+    images = [
+        f"![{key}](data:image/png;base64,{base64.b64encode(png).decode()})" for key, png in pictures.items()
+    ]
+    create_markdown_artifact(
+        "\n".join([head, "|---" * (len(datasets) + 1) + "|", *rows, "", *images]),
+        # keys are lower case, digits and dashes
+        key=re.sub("[^a-z0-9]+", "-", name).strip("-"),
+        description=report["title"],
+    )
+
+
+def figure_rows(datasets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of figures as text: a row a figure, its title first, then a cell for each dataset."""
+    return [
+        [figure.title, *(_cell(dataset.get(figure.key), figure.form) for dataset in datasets)]
+        for figure in FIGURES
+        if any(figure.key in dataset for dataset in datasets)
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)

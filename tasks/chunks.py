@@ -1,0 +1,127 @@
+"""One Prefect task run handles a chunk of work units: it feeds them to a pool and holds a window of them.
+
+A unit is taken through consecutive stages as a `Line`: its next stage starts as soon as its input unit is
+committed, whatever the other units do. A unit that fails is logged beside its stage and named; others go on.
+"""
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.stages import run_unit
+from negfacediff_core.store.layout import StageSpec, Unit
+from tasks.executors import Pool
+
+GPU_STAGES = frozenset({"samples"})
+# Units that wait in the pool for each worker, so that no worker idles while the driver looks elsewhere.
+WINDOW_PER_WORKER = 2
+# Seconds between two looks at the request to stop.
+TICK = 0.2
+
+
+@dataclass(frozen=True)
+class Line:
+    """One unit and the stages that it has yet to go through, in order."""
+
+    unit: Unit
+    specs: tuple[StageSpec, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A unit that failed: in which stage, which and why in one line, and where its traceback is."""
+
+    stage: str
+    unit: str
+    error: str
+    log: str
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What all chunks of a build share: where units run, how, whom to tell, and the request to stop."""
+
+    pool: Pool
+    execution: ExecutionConfig
+    started: Callable[[str], None]
+    """Called with the stage when one of its units is handed to the pool."""
+    committed: Callable[[str, int], None]
+    """Called with the stage and the number of rows when a unit is committed."""
+    stop: threading.Event
+
+
+@task(name="chunk", task_run_name="{label}", cache_policy=NO_CACHE)
+def run_chunk(label: str, lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
+    """Take every line through its stages and return those that failed, in the order in which they did.
+
+    `label` is shown by Prefect; `attempt` is the round: a unit that comes back is new work to the pool.
+    """
+    failures = drive(lines, attempt, crew)
+    for failure in failures:
+        get_run_logger().error("%s (%s)", failure.error, failure.log)
+    return failures
+
+
+def drive(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
+    """Do what `run_chunk` does, without Prefect. Raises `CancelledError` when asked to stop."""
+    waiting = deque(lines)
+    flights: dict[Future[Any], tuple[Line, int]] = {}
+    failures: list[Failure] = []
+    window = WINDOW_PER_WORKER * crew.pool.workers
+
+    while waiting or flights:
+        # Only lines at their first stage count: a GPU never waits because later stages lag behind.
+        entered = sum(position == 0 for _, position in flights.values())
+        for _ in range(min(window - entered, len(waiting))):
+            line = waiting.popleft()
+            flights[_launch(line, 0, attempt, crew)] = (line, 0)
+
+        done, _ = wait(flights, timeout=TICK, return_when=FIRST_COMPLETED)
+        if crew.stop.is_set():
+            for future in flights:
+                future.cancel()
+            raise CancelledError("the build was asked to stop")
+        for future in done:
+            line, position = flights.pop(future)
+            spec = line.specs[position]
+            error = future.exception()
+            if error is not None:
+                failures.append(_log_failure(spec, line.unit, error))
+                continue
+            crew.committed(spec.name, future.result().rows)
+            if position + 1 < len(line.specs):
+                flights[_launch(line, position + 1, attempt, crew)] = (line, position + 1)
+    return failures
+
+
+def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[Any]":
+    spec = line.specs[position]
+    crew.started(spec.name)
+    return crew.pool.submit(
+        run_unit,
+        spec,
+        line.unit,
+        crew.execution,
+        key=f"{spec.name}-{spec.fingerprint}-{line.unit.name}-{attempt}",
+        gpu=spec.name in GPU_STAGES,
+    )
+
+
+def _log_failure(spec: StageSpec, unit: Unit, error: BaseException) -> Failure:
+    """Write the traceback to `<stage directory>/logs/<unit>.txt`, over that of the unit's failure before."""
+    text = "".join(traceback.format_exception(error))
+    path = f"logs/{unit.name}.txt"
+    spec.location.write_atomic(path, text.encode())
+    # errors of the project name their unit; what happened to a worker (KilledWorker) does not
+    known = isinstance(error, NegFaceDiffError)
+    what = str(error) if known else f"{spec.name} {unit.name}: {type(error).__name__}: {error}"
+    return Failure(spec.name, unit.name, what, f"{spec.directory}/{path}")
