@@ -83,9 +83,9 @@ def score_histogram(panels: Sequence[ScorePanel]) -> bytes:
 
 
 def _edges(panels: Sequence[ScorePanel]) -> NDArray[np.float64]:
-    """Common bin edges over all scores: .01 wide, .02 where there are few."""
+    """Common bin edges over all scores, by Scott's rule, 3.49 sd n^(-1/3), for the kind that needs most."""
     kinds = [kind for panel in panels for kind in (panel.genuine, panel.impostor)]
-    width = 0.01 if min(kind.size for kind in kinds) >= 10_000 else 0.02
+    width = max(0.01, round(max(3.49 * kind.std * kind.size ** (-1 / 3) for kind in kinds), 2))
     low = min(kind.levels[0] for kind in kinds)
     high = max(kind.levels[-1] for kind in kinds)
     return np.arange(np.floor(low / width) - 2, np.ceil(high / width) + 3) * width
