@@ -43,12 +43,12 @@ def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
             server.stop()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Threads in mid-unit cannot be stopped and would hold the process up; they have committed nothing.
+        # Threads in mid-unit cannot be stopped and would hold this up; they have committed nothing.
         os._exit(INTERRUPTED)
 
 
 def _start_embedded_server() -> None:
-    """Start the server that Prefect would start by itself, but so that Ctrl-C does not end it before the flow."""
+    """Start the server as Prefect would by itself, but so that Ctrl-C does not end it before the flow."""
     print("Starting Prefect (about ten seconds)...", file=sys.stderr)
 
     def start() -> None:
