@@ -22,7 +22,7 @@ from negfacediff_core.stages import pending_units, plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.shards import prepare
 from tasks.chunks import Crew, Failure, Line, run_chunk
-from tasks.executors import open_pool
+from tasks.executors import check_available, open_pool
 
 # Stages of one group run unit by unit, one behind the other; a group starts when the one before is complete.
 GROUPS = (("contexts",), ("negatives",), ("samples", "aligned", "embeddings"), ("evaluation",))
@@ -52,6 +52,7 @@ def build_dataset(
     Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` of this run.
     """
     begun = time.time()
+    check_available(execution)
     specs = stages_of(build, store)
     for spec in specs.values():
         prepare(spec)

@@ -74,7 +74,7 @@ def build(
 
     config = load_build(preset, set_ or [])
     execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
-    _check([config], store)
+    _check([config], store, execution)
     _log(verbose)
     from flows.build import build_dataset
     from flows.launch import launch
@@ -102,10 +102,10 @@ def demo(
 
     Writes report.html, report.json, histogram.png and contact_sheet.png. Takes minutes on two CPU cores.
     """
-    from flows.presets import demo_builds
+    from flows.presets import demo_builds, demo_store
 
     execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
-    _check(demo_builds(), f"{out}/store")
+    _check(demo_builds(), demo_store(out), execution)
     _log(verbose)
     from flows.demo import demo as demo_flow
     from flows.launch import launch
@@ -205,10 +205,12 @@ def _execution(
     )
 
 
-def _check(builds: list[BuildConfig], store: str) -> None:
+def _check(builds: list[BuildConfig], store: str, execution: ExecutionConfig) -> None:
     """Check all inputs, as the flow does: here an error comes before Prefect starts."""
     from negfacediff_core.stages import plan_build
+    from tasks.executors import check_available
 
+    check_available(execution)
     for one in builds:
         plan_build(one, store)
 

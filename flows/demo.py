@@ -3,13 +3,12 @@
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows.build import DEFAULT_EXECUTION, build_dataset, stages_of
-from flows.presets import demo_builds
+from flows.presets import demo_builds, demo_store
 from flows.results import publish, report_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.evaluation.plots import contact_sheet, score_histogram
@@ -29,7 +28,7 @@ def demo(out: str = "demo", execution: ExecutionConfig = DEFAULT_EXECUTION) -> d
     Returns the report, as `report.json` has it. Raises what `build_dataset` raises.
     """
     begun = time.time()
-    store = str(Path(out) / "store")
+    store = demo_store(out)
     builds = demo_builds()
     figures = [build_dataset(build, execution, store)["figures"] for build in builds]
     datasets = [{**one, "name": f"{one['rule']}, w = {one['w']:g}"} for one in figures]

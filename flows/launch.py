@@ -62,7 +62,7 @@ def _start_embedded_server() -> None:
 def _check_server(address: str) -> None:
     try:
         httpx.get(f"{address}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ConfigError(
             f"PREFECT_API_URL is {address}, but no Prefect server answers there ({error}): start one with "
             "`prefect server start`, or unset PREFECT_API_URL to run without."

@@ -51,6 +51,8 @@ class NetworkName(StrEnum):
 
 Work = Annotated[Path, typer.Option(help="Folder for renders, checkpoints and curves.")]
 Out = Annotated[Path, typer.Option(help="Folder of the pack: what is finished is exported to it.")]
+# The file in WORK/<network> that holds settings and loss curve.
+CHECKPOINTS = dict.fromkeys(NetworkName, "checkpoint.pt") | {NetworkName.detector: "detector.pt"}
 WORK, OUT = Path("build/pack"), Path("packs/demo")
 
 
@@ -126,8 +128,7 @@ def train(
 
     torch.set_num_threads(threads)
     figures = TRAININGS[network](work, out, steps)
-    checkpoint = next((work / network.value).glob("*.pt"))
-    record_training(out, network.value, checkpoint, figures)
+    record_training(out, network.value, work / network.value / CHECKPOINTS[network], figures)
     table = Table(title=f"{network.value}: figures", box=None, show_header=False)
     for key, value in figures.items():
         if isinstance(value, int | float | str):

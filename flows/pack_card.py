@@ -13,7 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flows.pack_evaluation import FIGURES_FILE, IDENTITIES, IMAGES, RULES, SOURCES
+from flows.pack_evaluation import FIGURES_FILE, IDENTITIES, IMAGES, PRECISION, RULES, SOURCES
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.evaluation.plots import COLOURS
 
@@ -50,7 +50,8 @@ def write_card(pack: Path) -> Path:
         summary="\n".join(_summary(rows)),
         every="\n".join(_every(rows)),
         extent=f"{IDENTITIES} identities x {IMAGES} images",
-        sampling=f"{rows[0]['sampler'].upper()}, {rows[0]['steps']} steps",
+        sampler=rows[0]["sampler"].upper(),
+        precision=PRECISION,
         files="\n".join(_files(pack)),
         size=f"{sum(path.stat().st_size for path in _weights(pack)) / 1e6:.1f}",
     )
@@ -88,7 +89,7 @@ def _settings_line(network: str, note: Mapping[str, Any]) -> str:
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line a source and rule: means over the seeds, and the lowest and highest gain over no negative."""
-    for source, _ in reversed(SOURCES):
+    for source, _, steps in SOURCES:
         plain = {row["seed"]: row["fdr"] for row in rows if (row["source"], row["rule"]) == (source, "none")}
         for rule, w in RULES:
             chosen = [row for row in rows if (row["source"], row["rule"]) == (source, rule)]
@@ -101,7 +102,9 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             clipped = statistics.mean(row["clipped_fraction"] for row in chosen)
             yield (
                 "| "
-                + " | ".join([_SOURCE_TITLES[source], rule, f"{w:g}", *cells, f"{clipped:.2%}", gain])
+                + " | ".join(
+                    [_SOURCE_TITLES[source], str(steps), rule, f"{w:g}", *cells, f"{clipped:.2%}", gain]
+                )
                 + " |"
             )
 

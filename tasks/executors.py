@@ -72,6 +72,36 @@ def _local_workers(execution: ExecutionConfig) -> int:
     return execution.workers or max(1, usable_cores() // execution.threads_per_worker)
 
 
+def check_available(execution: ExecutionConfig) -> None:
+    """Raise ConfigError if this machine lacks what `execution` asks for; a scheduler is asked when used."""
+    if execution.device.startswith("cuda") and "://" not in execution.executor:
+        _count_gpus(f"The device {execution.device}", "the device cpu")
+    if execution.executor == "cuda":
+        if find_spec("dask_cuda") is None:
+            raise ConfigError(
+                "The executor cuda needs the package dask-cuda, which is not installed here: "
+                "install negfacediff[cuda], or use the executor threads or dask."
+            )
+        gpus = _count_gpus("The executor cuda", "the executor threads or dask")
+        if execution.workers > gpus:
+            raise ConfigError(
+                f"The executor cuda runs one worker a GPU: {execution.workers} workers were asked for and "
+                f"there are {gpus} GPUs. Leave workers at 0 to use them all."
+            )
+
+
+def _count_gpus(what: str, otherwise: str) -> int:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise ConfigError(
+            f"{what} needs an NVIDIA GPU and PyTorch sees none: check nvidia-smi and that PyTorch is a CUDA "
+            f"build, or use {otherwise}."
+        )
+    return gpus
+
+
 @contextmanager
 def threads(execution: ExecutionConfig) -> Iterator[Pool]:
     """Run units in threads of this process. Where there is a GPU, one thread of its own feeds it."""
@@ -96,27 +126,11 @@ def dask(execution: ExecutionConfig) -> Iterator[Pool]:
 @contextmanager
 def cuda(execution: ExecutionConfig) -> Iterator[Pool]:
     """Run units in Dask worker processes, one a GPU, each with spare threads for stages without GPU."""
-    if find_spec("dask_cuda") is None:
-        raise ConfigError(
-            "The executor cuda needs the package dask-cuda, which is not installed here: "
-            "install negfacediff[cuda], or use the executor threads or dask."
-        )
+    check_available(execution)
     import torch
-
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
-        raise ConfigError(
-            "The executor cuda needs an NVIDIA GPU and PyTorch sees none: check nvidia-smi and that PyTorch "
-            "is a CUDA build, or use the executor threads or dask."
-        )
-    if execution.workers > gpus:
-        raise ConfigError(
-            f"The executor cuda runs one worker a GPU: {execution.workers} workers were asked for and there "
-            f"are {gpus} GPUs. Leave workers at 0 to use them all."
-        )
     from dask_cuda import LocalCUDACluster
 
-    workers = execution.workers or gpus
+    workers = execution.workers or torch.cuda.device_count()
     spare = max(1, usable_cores() // workers // execution.threads_per_worker)
     with _local_pool(
         lambda: LocalCUDACluster(

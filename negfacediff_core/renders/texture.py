@@ -2,7 +2,15 @@
 
 import math
 
-from numba import njit
+from negfacediff_core.errors import ConfigError
+
+try:
+    from numba import njit
+except ModuleNotFoundError as error:
+    raise ConfigError(
+        "Rendering faces needs the extra [render]: run NEGFACEDIFF_EXTRAS=render ./run ..., or install "
+        "negfacediff[render]."
+    ) from error
 
 #: How every inner loop here is compiled. Divisions may become multiplications and sums be fused, which
 #: repeats bit for bit on one machine; nothing else of fast-math is allowed, because order and NaN must mean

@@ -51,6 +51,8 @@ def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
         ConfigError, WeightsError, ContextsError: for what the build asks for.
         StoreError: for the place where it should go.
     """
+    # A worker elsewhere would take a relative path from its own folder.
+    store = locate(store).url
     build = _with_pool(build, store)
     specs: dict[str, StageSpec] = {}
     for stage in STAGES.values():
