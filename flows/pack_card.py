@@ -9,13 +9,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from flows.pack_evaluation import FIGURES_FILE, IDENTITIES, IMAGES, PRECISION, RULES, SOURCES
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.evaluation.plots import COLOURS
+from negfacediff_core.tensor_files import read_tensors
 
 TRAINING = "training"
 _TEMPLATE = Path(__file__).with_suffix(".md")
@@ -25,7 +25,7 @@ _SOURCE_TITLES = {"file": "held-out identities", "fitted": "fitted", "uniform": 
 
 def record_training(pack: Path, network: str, checkpoint: Path, figures: Mapping[str, Any]) -> None:
     """Write `pack`/training/<network>.json: settings, figures and loss curve of the training of `network`."""
-    state = torch.load(checkpoint, weights_only=True)
+    state = read_tensors(checkpoint)
     note = {
         "settings": state.get("origin") or state["settings"],
         "figures": {key: value for key, value in figures.items() if isinstance(value, int | float | str)},

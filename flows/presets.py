@@ -35,7 +35,7 @@ def preset_text(name: str) -> str:
     presets = preset_texts()
     if name not in presets:
         raise ConfigError(
-            f"There is no preset {name!r}{_nearest(name, presets)}. Presets are {', '.join(presets)}; "
+            f"There is no preset {name!r}{_nearest(name, presets)} Presets are {', '.join(presets)}; "
             "a file of your own ends in .yaml."
         )
     return presets[name]
@@ -66,6 +66,15 @@ def demo_builds() -> list[BuildConfig]:
         check_build(plain, "the demo's build without a negative"),
         check_build({**values, "name": f"demo-{preset.negatives.rule}"}, "the demo's build"),
     ]
+
+
+def demo_store(out: str) -> str:
+    """Return the store of a demo in the folder `out`; raises ConfigError if that is no local folder."""
+    if not out or "://" in out:
+        raise ConfigError(
+            f"--out {out!r} is no local folder; the demo writes its report and pictures to one."
+        )
+    return str(Path(out) / "store")
 
 
 def check_build(values: Mapping[str, Any], source: str) -> BuildConfig:
@@ -152,21 +161,29 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         if model is BuildConfig and name in ExecutionConfig.model_fields:
             return f"{name} is no part of what is built: give it as the option --{name.replace('_', '-')}."
-        return f"there is no field {name}{_nearest(name, known)}. `negfacediff fields` lists all fields."
+        return f"there is no field {name}{_nearest(name, known)} `negfacediff fields` lists all fields."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{message}."
-    message = message[0].lower() + message[1:]
+    message, end = message[0].lower() + message[1:], "."
     if detail["type"] == "enum":
-        message += _nearest(str(detail["input"]), [choice.value for choice in known[name].annotation])
+        end = _nearest(str(detail["input"]), [choice.value for choice in known[name].annotation])
+    elif detail["type"] == "string_pattern_mismatch":
+        message = "that is none of the values allowed"  # they follow in words; the pattern says it in signs
+    elif detail["type"] == "model_type":
+        example = next(field for field in known if field.startswith(f"{name}."))
+        message = f"it has fields of its own: set those, for example {example}"
     meaning = f" {name}: {known[name].description}" if name in known else ""
-    return f"{name} is {detail['input']!r}, but {message}.{meaning}"
+    return f"{name} is {detail['input']!r}, but {message}{end}{meaning}"
 
 
 def _nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return `; did you mean x?`, or nothing. Of dotted names the last part alone is tried as well."""
+    """Return the end of a sentence: `; did you mean x?`, or a full stop.
+
+    Of dotted names the last part alone is tried as well.
+    """
     near = get_close_matches(word, known, n=1)
     if not near:
         last = {name.split(".")[-1]: name for name in known}
         near = [last[match] for match in get_close_matches(word.split(".")[-1], last, n=1)]
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."

@@ -187,7 +187,8 @@ class BuildConfig(Model):
     name: str = Field(
         default="dataset",
         pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
-        description="Name of the run: lower-case letters, digits, dot, dash, underscore.",
+        description="Name of the run: up to 63 lower-case letters, digits, dots, dashes and underscores; "
+        "the first is a letter or a digit.",
     )
     identities: int = Field(default=10_050, ge=2, le=10_000_000, description="Identities to make.")
     images: int = Field(default=50, ge=1, le=10_000, description="Images of each identity.")
@@ -207,8 +208,13 @@ class BuildConfig(Model):
     @model_validator(mode="before")
     @classmethod
     def _no_rule_no_weight(cls, values: Any) -> Any:
-        if isinstance(values, dict) and dict(values.get("negatives") or {}).get("rule") == "none":
-            samples = dict(values.get("samples") or {})
+        if not isinstance(values, dict):
+            return values
+        sections = [values.get(name) or {} for name in ("negatives", "samples")]
+        if not all(isinstance(section, dict | Model) for section in sections):
+            return values  # the check of the fields, which follows, names the section that is none
+        negatives, samples = map(dict, sections)
+        if negatives.get("rule") == Rule.none:
             if samples.setdefault("w", 0.0):
                 raise ValueError("negatives.rule is none but samples.w is not 0: set w to 0 or pick a rule")
             values = {**values, "samples": samples}
@@ -227,6 +233,8 @@ class ExecutionConfig(Model):
     threads_per_worker: int = Field(default=1, ge=1, le=256, description="CPU threads of each worker.")
     batch_size: int = Field(default=0, ge=0, le=65_536, description="Images a batch; 0: fits the device.")
     device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where networks run."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where networks run: auto (a GPU where there is one), cpu, cuda, or one GPU as cuda:1.",
     )
     retries: int = Field(default=2, ge=0, le=20, description="Further rounds over units that failed.")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import ContextsError
 from negfacediff_core.noise import CONTEXTS, gaussian
+from negfacediff_core.tensor_files import read_tensors
 
 Contexts = NDArray[np.float32]
 
@@ -138,7 +139,7 @@ def load_contexts(path: str | Path) -> ContextsFile:
                 names = tuple(str(name) for name in file["names"]) if "names" in file else ()
         else:
             with torch.serialization.safe_globals(_NUMPY_SAFE_GLOBALS):
-                vectors = torch.load(path, map_location="cpu", weights_only=True)
+                vectors = read_tensors(path, "cpu")
             names = tuple(str(name) for name in vectors)
             contexts = np.stack([np.asarray(vector, dtype=np.float32) for vector in vectors.values()])
     except FileNotFoundError:
@@ -148,23 +149,19 @@ def load_contexts(path: str | Path) -> ContextsFile:
             f"the contexts file {path} holds more than arrays and was not read, as it could run code: "
             "save a .npz with the array `contexts` instead"
         ) from error
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        RuntimeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ContextsError(
-            f"the contexts file {path} cannot be read ({error}): it must be a .npz with the array `contexts` "
-            "(identities, width), or a torch-saved dict of name to vector"
-        ) from error
+    except Exception as error:  # numpy and torch raise a dozen unrelated types for a damaged file
+        raise _unreadable(path, error) from error
     if names and len(names) != len(contexts):
         raise ContextsError(f"the contexts file {path} has {len(names)} names for {len(contexts)} contexts")
     return ContextsFile(contexts, names)
+
+
+def _unreadable(path: Path, error: Exception) -> ContextsError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ContextsError(
+        f"the contexts file {path} cannot be read ({reason}): it must be a .npz with the array `contexts` "
+        "(identities, width), or a torch-saved dict of name to vector"
+    )
 
 
 def load_identities(path: str | Path) -> IdentityDistribution:
@@ -173,10 +170,13 @@ def load_identities(path: str | Path) -> IdentityDistribution:
     """
     path = Path(path)
     if path.suffix == ".npz" and path.exists() and zipfile.is_zipfile(path):
-        with np.load(path, allow_pickle=False) as file:
-            if "mean" in file and "covariance" in file:
-                shrinkage = float(file["shrinkage"]) if "shrinkage" in file else 0.0
-                return IdentityDistribution(file["mean"], file["covariance"], shrinkage)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if "mean" in file and "covariance" in file:
+                    shrinkage = float(file["shrinkage"]) if "shrinkage" in file else 0.0
+                    return IdentityDistribution(file["mean"], file["covariance"], shrinkage)
+        except Exception as error:  # as above
+            raise _unreadable(path, error) from error
     reference = load_contexts(path).contexts
     check_contexts(reference, reference.shape[-1])
     return fit_identities(normalise(reference))

@@ -86,6 +86,10 @@ def mine(
         if value not in allowed:
             raise ContextsError(f"the option {name} is {value!r}: choose {' or '.join(allowed)}")
     _check_unit_vectors(contexts, pool, identities)
+    if len(pool) < 2 and RULES[rule] is not _nobody:
+        raise ContextsError(
+            f"a pool of {len(pool)} leaves nothing to pick: negatives need at least two identities"
+        )
     rows = block or max(1, _BLOCK_ELEMENTS // max(1, len(pool)))
     index = RULES[rule](Search(contexts, identities, pool, seed, rand, mid, rows))
     cosine = np.full(len(contexts), np.nan, dtype=np.float32)
@@ -122,10 +126,6 @@ def _check_unit_vectors(
         )
     if len(identities) != len(contexts):
         raise ContextsError(f"{len(identities)} identity numbers are given for {len(contexts)} contexts")
-    if len(pool) < 2:
-        raise ContextsError(
-            f"a pool of {len(pool)} leaves nothing to pick: negatives need at least two identities"
-        )
     for name, rows in (("contexts", contexts), ("pool", pool)):
         length = np.linalg.norm(rows, axis=1)
         bad = np.flatnonzero(~(np.abs(length - 1) < 1e-3))

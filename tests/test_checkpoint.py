@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from negfacediff_core.diffusion.checkpoint import (
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
 from negfacediff_core.diffusion.release_config import CONFIG_FILE, first_stage_settings, read_config
 from negfacediff_core.diffusion.schedule import linear
+from negfacediff_core.diffusion.training import load_state
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError, WeightsError
 
@@ -177,13 +179,22 @@ class Stranger:
         return print, ("this must never run",)
 
 
+# Plain texts, bytes without any sense, and another protocol: each makes torch raise another error, or warn.
+DAMAGED = [
+    *(b"not a checkpoint at all", b"hello world", b"just some text\n", b"0" * 64, b"gone", b"\x80\x04N."),
+    *(np.random.default_rng(seed).bytes(300) for seed in range(40)),
+]
+
+
 def test_damaged_and_foreign_files_are_refused(release, capsys):
     path = release / UNET_FILE
     whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
+    for damaged in (*DAMAGED, *(whole[: len(whole) * share // 100] for share in (0, 1, 50, 99))):
         path.write_bytes(damaged)
-        with pytest.raises(WeightsError, match="damaged"):
+        with pytest.raises(WeightsError, match=r"ema_averaged_model\.ckpt .*damaged"):
             load_generator(release)
+        with pytest.raises(WeightsError, match="cannot be read"):
+            load_state(path)
     torch.save({"weight": Stranger()}, path)
     with pytest.raises(WeightsError, match="more than tensors"):
         load_generator(release)

@@ -101,11 +101,11 @@ def run(*arguments: str) -> int:
 
 
 BAD_INPUT = {
-    "unknown preset": (["build", "demmo"], ["'demmo'", "did you mean demo", "negfacediff-paper"]),
+    "unknown preset": (["build", "demmo"], ["'demmo'", "did you mean demo? Presets", "negfacediff-paper"]),
     "missing file": (["build", "nowhere.yaml"], ["nowhere.yaml", "check the path"]),
     "unknown field": (
         ["build", "demo", "--set", "samples.stpes=3"],
-        ["samples.stpes", "did you mean samples.steps", "negfacediff fields"],
+        ["samples.stpes", "did you mean samples.steps? `neg", "negfacediff fields"],
     ),
     "field of the wrong part": (["build", "demo", "--set", "w=3"], ["no field w", "did you mean samples.w"]),
     "field of execution": (["build", "demo", "--set", "batch_size=3"], ["--batch-size"]),
@@ -115,20 +115,36 @@ BAD_INPUT = {
     ),
     "mistyped choice": (
         ["build", "demo", "--set", "samples.sampler=dddim"],
-        ["samples.sampler is 'dddim'", "'ddim'", "'ddpm'", "did you mean ddim"],
+        ["samples.sampler is 'dddim'", "'ddim'", "'ddpm'", "did you mean ddim? samples.sampler: "],
     ),
     "mistyped value": (["build", "demo", "--set", "identities=many"], ["identities is 'many'", "integer"]),
     "impossible pair": (
         ["build", "demo", "--set", "negatives.rule=none"],
         ["negatives.rule is none but samples.w is not 0"],
     ),
+    "number for the section of the rule": (
+        ["build", "demo", "--set", "negatives=5"],
+        ["negatives is 5, but it has fields of its own", "negatives.rule"],
+    ),
+    "list for the section of the rule": (["build", "demo", "--set", "negatives=[1]"], ["negatives is [1]"]),
+    "word for the section of the rule": (["build", "demo", "--set", "negatives=far"], ["negatives is 'far'"]),
+    "number for the section of the weight": (
+        ["build", "demo", "--set", "samples=3", "--set", "negatives.rule=none"],
+        ["samples is 3", "samples.generator"],
+    ),
     "setting without value": (["build", "demo", "--set", "samples.w"], ["'samples.w'", "field=value"]),
     "setting below a value": (["build", "demo", "--set", "samples.w.x=1"], ["single value"]),
-    "unknown executor": (["build", "demo", "--executor", "dassk"], ["executor is 'dassk'", "threads, dask"]),
+    "unknown executor": (
+        ["build", "demo", "--executor", "dassk"],
+        ["executor is 'dassk'", "allowed. executor: threads, dask (local processes)"],
+    ),
+    "unknown device": (["build", "demo", "--device", "gpu"], ["device is 'gpu'", "cpu, cuda, or one GPU"]),
+    "impossible name": (["build", "demo", "--set", "name=X"], ["name is 'X'", "lower-case letters"]),
     "missing weights": (
         ["build", "demo", "--set", "samples.generator=no/such/folder"],
         ["no/such/folder", "give the path"],
     ),
+    "folder that is no store": (["status", str(Path(__file__).parent)], ["There is no store at", "Check"]),
     "no such store": (["status", "no-such-store"], ["no-such-store", "Check the path"]),
 }
 
@@ -141,6 +157,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, said, capsys, tmp
     assert shown.err.startswith("Error: ")
     assert len(shown.err.strip().splitlines()) == 1
     assert "Traceback" not in shown.err + shown.out
+    assert "?." not in shown.err and "pattern" not in shown.err
     for words in said:
         assert words in shown.err
     assert not list(tmp_path.iterdir())

@@ -134,12 +134,32 @@ def test_an_object_array_is_refused(tmp_path):
         ("c.npy", b""),
         ("c.npy", b"\x00" * 64),
         ("c.npy", pickle.dumps([1, 2, 3], protocol=2)),
+        ("c.npy", b"\x80\x04N."),
+        *(("c.npy", text) for text in (b"hello world", b"just some text\n", b"gone", b"0" * 64)),
+        *(("c.npy", np.random.default_rng(seed).bytes(300)) for seed in range(40)),
     ],
 )
 def test_unreadable_files_say_so(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ContextsError, match=r"contexts file .*c.np"):
         contexts.load_contexts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["c.npz", "c.npy"])
+@pytest.mark.parametrize("read", [contexts.load_contexts, contexts.load_identities])
+def test_damaged_files_say_so(tmp_path, name, read):
+    path = tmp_path / name
+    if name == "c.npz":
+        np.savez(path, contexts=reference(4), mean=np.zeros(4), covariance=np.eye(4))
+    else:
+        torch.save({str(row): vector for row, vector in enumerate(reference(4))}, path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    overwritten = whole[:40] + bytes(middle - 40) + whole[middle:]
+    for damaged in (whole[:middle], whole[:-1], whole[: middle // 8], overwritten):
+        path.write_bytes(damaged)
+        with pytest.raises(ContextsError, match=r"contexts file .*c.np"):
+            read(path)
 
 
 def test_missing_file_and_missing_array(tmp_path):

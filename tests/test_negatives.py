@@ -46,8 +46,10 @@ def test_reference_outputs(size, rule, options, array):
 
 
 @pytest.mark.parametrize("rule", ["none", "null"])
-def test_rules_without_an_identity(rule):
-    mined = mine(uniform(0, np.arange(7), 16), None, rule, seed=0)
+@pytest.mark.parametrize("identities", [1, 7])
+def test_rules_without_an_identity(rule, identities):
+    mined = mine(uniform(0, np.arange(identities), 16), None, rule, seed=0)
+    assert mined.index.shape == (identities,)
     assert (mined.index == NO_NEGATIVE).all() and np.isnan(mined.cosine).all()
 
 

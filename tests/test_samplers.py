@@ -239,6 +239,19 @@ def test_impossible_numbers_of_steps_are_refused(sampler, steps):
         SAMPLERS[sampler].sample(wavy_eps, torch.zeros(1), linear(1000), no_noise, steps=steps)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+def test_the_table_knows_the_most_steps(sampler):
+    sample, _, most_steps = SAMPLERS[sampler]
+    most = most_steps(50)
+    visited = []
+    sample(
+        wavy_eps, torch.ones(1), linear(50), no_noise, steps=most, callback=lambda *step: visited.append(step)
+    )
+    assert len(visited) == most
+    with pytest.raises(ConfigError, match=f"{most + 1} steps"):
+        sample(wavy_eps, torch.ones(1), linear(50), no_noise, steps=most + 1)
+
+
 def test_unknown_forms_are_refused():
     with pytest.raises(ConfigError, match="ddim_alpha is 'fast'"):
         ddim(wavy_eps, torch.zeros(1), linear(1000), no_noise, ddim_alpha="fast")

@@ -195,6 +195,18 @@ def test_other_rules_give_other_images_of_the_same_noise(rule, built, tiny_build
     assert np.abs(mine.astype(int) - far).mean() < np.abs(mine.astype(int) - mine[::-1]).mean()
 
 
+@pytest.mark.parametrize("rule", ["none", "null"])
+def test_rules_that_name_nobody_take_a_last_block_of_one_identity(rule, tiny_build, tmp_path, monkeypatch):
+    monkeypatch.setattr("negfacediff_core.stages.contexts.BLOCK", 4)
+    contexts = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    np.savez(tmp_path / "contexts.npz", contexts=contexts)
+    file = {"contexts__source": "file", "contexts__file": str(tmp_path / "contexts.npz")}
+    build = changed(tiny_build, negatives__rule=rule, samples__w=0, **file)
+    specs = make(build, tmp_path, stages=("contexts", "negatives"))
+    assert list(specs["negatives"].grid.identities_of(Unit(1, 0))) == [4]
+    assert negatives_of(specs["negatives"], np.arange(5)).tolist() == [-1] * 5
+
+
 def test_contexts_from_a_file_end_where_it_ends(tiny_build, tmp_path):
     contexts = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     np.savez(tmp_path / "contexts.npz", contexts=contexts)
@@ -308,6 +320,10 @@ def test_settings_that_do_not_fit_the_weights_are_refused(tiny_build, tmp_path):
     refused(
         changed(tiny_build, samples__steps=51), store, ConfigError, r"samples\.steps is 51.* 50 timesteps"
     )
+    # DPM-Solver++ goes between timesteps, of which there is one fewer.
+    whole = changed(tiny_build, samples__sampler="dpm_solver", samples__steps=50)
+    refused(whole, store, ConfigError, r"samples\.steps is 50.* dpm_solver takes 49")
+    assert plan_build(changed(tiny_build, samples__steps=50), str(tmp_path / "other"))
     refused(changed(tiny_build, negatives__pool=1), store, ConfigError, r"negatives\.pool is 1")
 
 

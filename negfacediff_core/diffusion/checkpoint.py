@@ -28,6 +28,7 @@ from negfacediff_core.diffusion.release_config import (
 from negfacediff_core.diffusion.schedule import NoiseSchedule, schedule_from_config
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError, WeightsError
+from negfacediff_core.tensor_files import read_tensors
 
 UNET_PREFIX = "eps_model."
 
@@ -148,12 +149,12 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a flat dict of tensors. Raises `WeightsError` for anything else; never runs code from the file."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path, "cpu")
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is damaged or holds more than tensors and was not loaded. Bring a state dict of tensors."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # torch raises a dozen unrelated types for a damaged file
         raise WeightsError(f"{path} cannot be read: it is damaged or incomplete. Fetch it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} does not hold a flat state dict (names to tensors).")

@@ -147,14 +147,15 @@ def _check_form(name: str, form: str) -> None:
 
 
 class Sampler(NamedTuple):
-    """A row of the table: the sampler and the names of the options that it takes."""
+    """A row of the table: the sampler, the names of its options, and the most steps that it takes of T."""
 
     sample: Callable[..., Tensor]
     options: tuple[str, ...]
+    most_steps: Callable[[int], int]
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(ddim, ("steps", "eta", "ddim_alpha")),
-    "ddpm": Sampler(ddpm, ("final_noise",)),
-    "dpm_solver": Sampler(dpm_solver, ("steps",)),
+    "ddim": Sampler(ddim, ("steps", "eta", "ddim_alpha"), lambda T: T),
+    "ddpm": Sampler(ddpm, ("final_noise",), lambda T: T),
+    "dpm_solver": Sampler(dpm_solver, ("steps",), lambda T: T - 1),
 }

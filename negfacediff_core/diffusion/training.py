@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 from negfacediff_core.images import to_float
+from negfacediff_core.tensor_files import read_tensors
 
 Progress = Callable[[int, int, float], None]  # step, steps, smoothed loss
 State = dict[str, Any]  # tensors, numbers, text, and containers of these
@@ -91,7 +92,7 @@ def save_state(state: State, path: Path) -> None:
 def load_state(path: Path) -> State:
     """Read a checkpoint. Raises WeightsError if it is missing or damaged, or could run code."""
     try:
-        return torch.load(path, weights_only=True)
+        return read_tensors(path)
     except FileNotFoundError as error:
         raise WeightsError(f"There is no checkpoint at {path}: run this training first.") from error
     except Exception as error:  # torch raises a dozen unrelated types for a damaged file

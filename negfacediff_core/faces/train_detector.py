@@ -17,6 +17,7 @@ from negfacediff_core.faces.detector_frames import LabelledImages, draw_empty, d
 from negfacediff_core.faces.detector_loss import box_overlap, detection_loss, make_anchors
 from negfacediff_core.faces.detector_network import ANCHORS, STRIDES, DetectorNetwork
 from negfacediff_core.faces.packs import network_input
+from negfacediff_core.tensor_files import read_tensors
 
 if TYPE_CHECKING:  # rendering needs an extra that training does not
     from negfacediff_core.renders.dataset import RenderSet
@@ -194,7 +195,7 @@ def _resume(
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_tensors(path, "cpu")
     except Exception as error:  # torch raises a different type for each way of being damaged
         raise WeightsError(
             f"{path} is not a readable detector checkpoint ({error}): delete it to train anew, or restore it."

@@ -20,6 +20,7 @@ from negfacediff_core.recognition.augment import augment, pooled_crops
 from negfacediff_core.recognition.backbones import IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.heads import MARGINS, cosines
 from negfacediff_core.recognition.measure import embed_pooled_crops, held_out_figures
+from negfacediff_core.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from negfacediff_core.renders.dataset import RenderSet
@@ -123,7 +124,7 @@ def train_recogniser(
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training checkpoint (tensors, numbers, text). Raises WeightsError if it cannot be read."""
     try:
-        return torch.load(path, weights_only=True)
+        return read_tensors(path)
     except FileNotFoundError as error:
         raise WeightsError(
             f"There is no recogniser checkpoint at {path}; train the network first."

@@ -96,7 +96,8 @@ def _with_pool(build: BuildConfig, store: str) -> BuildConfig:
     pool = build.identities
     run = read_run(store, build.name)
     drawn = contexts.plan(build, store, {}).fingerprint
-    if run is not None and run["stages"]["contexts"]["fingerprint"] == drawn:
-        before = read_spec(store, "negatives", run["stages"]["negatives"]["fingerprint"])
+    stages = {} if run is None else run["stages"]
+    if {"contexts", "negatives"} <= stages.keys() and stages["contexts"]["fingerprint"] == drawn:
+        before = read_spec(store, "negatives", stages["negatives"]["fingerprint"])
         pool = before.config.get("pool", pool)
     return build.model_copy(update={"negatives": build.negatives.model_copy(update={"pool": pool})})

@@ -38,14 +38,16 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
     settings, contexts = build.samples, upstream["contexts"]
     weight = generator_weight(settings.generator)
     generator = generator_of(weight, "cpu")
-    timesteps = generator.schedule.T
-    if "steps" in SAMPLERS[settings.sampler].options and settings.steps > timesteps:
+    timesteps, sampler = generator.schedule.T, SAMPLERS[settings.sampler]
+    most = sampler.most_steps(timesteps)
+    if "steps" in sampler.options and settings.steps > most:
         raise ConfigError(
             f"samples.steps is {settings.steps}, but the generator {settings.generator} has {timesteps} "
-            f"timesteps; set it to {timesteps} or fewer."
+            f"timesteps, of which the sampler {settings.sampler} takes {most} at most; set it to {most} or "
+            "fewer."
         )
     shared = ("sampler", "w", "weight", "precision", "seed")
-    config = {name: getattr(settings, name) for name in (*shared, *SAMPLERS[settings.sampler].options)}
+    config = {name: getattr(settings, name) for name in (*shared, *sampler.options)}
     return StageSpec(
         store=store,
         name="samples",

@@ -53,9 +53,12 @@ class Unit(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "Unit":
-        """Read a unit's name back."""
+        """Read a unit's name back; ValueError for any other text."""
         identity_block, replicate_block = name.split("-")
-        return cls(int(identity_block), int(replicate_block))
+        unit = cls(int(identity_block), int(replicate_block))
+        if unit.name != name:
+            raise ValueError(f"{name!r} is not the name of a unit")
+        return unit
 
 
 @dataclass(frozen=True)
@@ -209,9 +212,9 @@ def read_spec(store: str, name: str, digest: str) -> StageSpec:
             per_replicate=content["per_replicate"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(f"{location.url}/stage.json") from error
+        raise damaged(f"{location.url}/stage.json") from error
     if (spec.name, spec.fingerprint) != (name, digest):
-        raise _damaged(f"{location.url}/stage.json")
+        raise damaged(f"{location.url}/stage.json")
     return spec
 
 
@@ -270,7 +273,7 @@ def check_schema(content: Mapping[str, Any], where: str) -> None:
     """Refuse a file that a newer version of the project wrote."""
     schema = content.get("schema")
     if not isinstance(schema, int):
-        raise _damaged(where)
+        raise damaged(where)
     if schema > SCHEMA_VERSION:
         raise StoreError(
             f"{where} has schema version {schema}, but this version reads up to {SCHEMA_VERSION}; upgrade "
@@ -284,9 +287,9 @@ def read_json(location: Location, path: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except ValueError as error:
-        raise _damaged(f"{location.url}/{path}") from error
+        raise damaged(f"{location.url}/{path}") from error
     if not isinstance(content, dict):
-        raise _damaged(f"{location.url}/{path}")
+        raise damaged(f"{location.url}/{path}")
     return content
 
 
@@ -295,7 +298,8 @@ def write_json(location: Location, path: str, content: Mapping[str, Any]) -> Non
     location.write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _damaged(where: str) -> StoreError:
+def damaged(where: str) -> StoreError:
+    """Return the error for the file `where`, whose content is not what the project writes."""
     return StoreError(
         f"{where} is damaged: it is not what was written there; delete it and run the build again."
     )

@@ -50,7 +50,7 @@ class Location(Protocol):
         """Tell whether the file `path` is there."""
 
     def names(self, path: str) -> list[str]:
-        """Return the sorted names in the folder `path`, no temporary files; none when it is not there."""
+        """Return the sorted names in the folder `path`, no temporary files; none if it is no folder."""
 
     def sync(self, path: str) -> None:
         """Bring the file `path`, written by another library, safely to disk."""
@@ -116,11 +116,11 @@ class LocalLocation:
             return (self.root / path).exists()
 
     def names(self, path: str) -> list[str]:
-        """Return the sorted names in the folder `path`, no temporary files; none when it is not there."""
+        """Return the sorted names in the folder `path`, no temporary files; none if it is no folder."""
         with self.explained("list", path):
             try:
                 return sorted(name for name in os.listdir(self.root / path) if name[0] != ".")  # noqa: PTH208
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def sync(self, path: str) -> None:

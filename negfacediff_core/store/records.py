@@ -1,5 +1,6 @@
 """Completion records: the only truth about what is done."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +75,17 @@ def has_record(spec: StageSpec, unit: Unit) -> bool:
 
 
 def committed(spec: StageSpec) -> list[Unit]:
-    """Return all committed units of a stage directory, whatever the extent of the build that made them."""
-    return [
-        Unit.parse(name.removesuffix(".json"))
-        for name in spec.location.names("done")
-        if name.endswith(".json")
-    ]
+    """Return all committed units of a stage directory, whatever the extent of the build that made them.
+
+    Files that other programs left beside the records (copies, notes) are passed over.
+    """
+    units = []
+    for name in spec.location.names("done"):
+        with suppress(ValueError):
+            unit = Unit.parse(name.removesuffix(".json"))
+            if name == f"{unit.name}.json":
+                units.append(unit)
+    return units
 
 
 def records(spec: StageSpec) -> list[Record]:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store.layout import SCHEMA_VERSION, check_schema, read_json, write_json
+from negfacediff_core.store.layout import SCHEMA_VERSION, check_schema, damaged, read_json, write_json
 from negfacediff_core.store.location import locate
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -19,20 +19,37 @@ def write_run(store: str, name: str, content: dict[str, Any]) -> None:
 
 
 def read_run(store: str, name: str) -> dict[str, Any] | None:
-    """Read a run record; None when there is none of that name."""
+    """Read a run record; None when there is none of that name.
+
+    Raises:
+        StoreError: if it is damaged: not JSON, of a newer schema, or without what `write_run` asks for.
+    """
     location = locate(store)
     path = _path(name)
     if not location.exists(path):
         return None
     content = read_json(location, path)
     check_schema(content, f"{location.url}/{path}")
+    stages = content.get("stages")
+    if not isinstance(stages, dict) or not all(map(_is_place, stages.values())):
+        raise damaged(f"{location.url}/{path}")
     return content
 
 
 def read_runs(store: str) -> dict[str, dict[str, Any]]:
-    """Read all run records of a store by name."""
-    names = [name.removesuffix(".json") for name in locate(store).names("runs") if name.endswith(".json")]
+    """Read all run records of a store by name; files whose names no run can have are passed over."""
+    files = [name for name in locate(store).names("runs") if name.endswith(".json")]
+    names = [name for file in files if _NAME.fullmatch(name := file.removesuffix(".json"))]
     return {name: run for name in names if (run := read_run(store, name)) is not None}
+
+
+def _is_place(value: Any) -> bool:
+    """Tell whether `value` is what a run holds for a stage: its directory and the run's extent in it."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("fingerprint"), str)
+        and all(isinstance(value.get(axis), int) for axis in ("identities", "replicates"))
+    )
 
 
 def _path(name: str) -> str:

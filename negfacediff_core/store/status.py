@@ -30,8 +30,11 @@ class StageStatus:
 
 
 def status(store: str) -> list[StageStatus]:
-    """Return the status of every stage directory of a store, inputs before what is made of them."""
-    wanted = _wanted_units(store)
+    """Return the status of every stage directory of a store, inputs before what is made of them.
+
+    A stage directory is a folder that holds a `stage.json`; whatever else lies there is passed over, so
+    that a place that is no store has none.
+    """
     location = locate(store)
     specs = [
         read_spec(store, stage, digest)
@@ -41,7 +44,8 @@ def status(store: str) -> list[StageStatus]:
     ]
     by_path = {spec.path: spec for spec in specs}
     specs.sort(key=lambda spec: (_depth(spec, by_path), spec.path))
-    return [_stage_status(spec, wanted.get(spec.path, {})) for spec in specs]
+    wanted = _wanted_units(store, by_path)
+    return [_stage_status(spec, wanted[spec.path]) for spec in specs]
 
 
 def rate(done: Iterable[Record]) -> float | None:
@@ -54,14 +58,15 @@ def rate(done: Iterable[Record]) -> float | None:
     return rows / seconds if seconds > 0 else None
 
 
-def _wanted_units(store: str) -> dict[str, dict[str, set[Unit]]]:
-    """By stage path and run name, the units of the run's extent."""
-    wanted: dict[str, dict[str, set[Unit]]] = {}
+def _wanted_units(store: str, by_path: dict[str, StageSpec]) -> dict[str, dict[str, set[Unit]]]:
+    """By stage path and run name, the units of the run's extent; a directory since deleted wants nothing."""
+    wanted: dict[str, dict[str, set[Unit]]] = {path: {} for path in by_path}
     for run, content in read_runs(store).items():
         for stage, place in content["stages"].items():
-            spec = read_spec(store, stage, place["fingerprint"])
-            grid = replace(spec.grid, identities=place["identities"], replicates=place["replicates"])
-            wanted.setdefault(spec.path, {})[run] = set(grid.units())
+            path = f"{stage}/{place['fingerprint']}"
+            if path in by_path:
+                extent = {axis: place[axis] for axis in ("identities", "replicates")}
+                wanted[path][run] = set(replace(by_path[path].grid, **extent).units())
     return wanted
 
 
