@@ -11,7 +11,7 @@ from distributed import LocalCluster
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
 from tasks import executors
-from tasks.executors import EXECUTORS, Pool, open_pool
+from tasks.executors import Pool, check_available, open_pool
 
 
 def square(number: int) -> tuple[int, int]:
@@ -98,14 +98,17 @@ def test_one_thread_feeds_the_gpu_while_others_work(monkeypatch: pytest.MonkeyPa
 
 def test_an_executor_that_cannot_run_here_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"negfacediff\[cuda\]"), EXECUTORS["cuda"](ExecutionConfig()):
+    with (
+        pytest.raises(ConfigError, match=r"negfacediff\[cuda\]"),
+        open_pool(ExecutionConfig(executor="cuda")),
+    ):
         pass
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"), EXECUTORS["cuda"](ExecutionConfig()):
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"), open_pool(ExecutionConfig(executor="cuda")):
         pass
 
 
@@ -126,3 +129,11 @@ def test_an_address_where_nothing_listens_is_refused(monkeypatch: pytest.MonkeyP
         open_pool(ExecutionConfig(executor="tcp://127.0.0.1:9")),
     ):
         pass
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_work_starts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="The device cuda:1 needs an NVIDIA GPU"):
+        check_available(ExecutionConfig(device="cuda:1"))
+    check_available(ExecutionConfig(device="cpu"))
+    check_available(ExecutionConfig(executor="tcp://elsewhere:8786", device="cuda"))
