@@ -92,7 +92,9 @@ def test_other_sizes_are_fitted_as_insightface_does(pack, oracle, shape):
         assert np.abs(frame[:height, :width].astype(int) - resized).max() <= 1
         assert not frame[height:].any() and not frame[:, width:].any()
         boxes, _ = oracle.det_model.detect(image[..., ::-1])
-        np.testing.assert_allclose(faces.boxes[0], boxes[0, :4], atol=0.5)
+        # A random network ties: which of two equal scores is first turns on the last bit of the resizing.
+        distances = np.abs(boxes[:, :4] - faces.boxes[0]).max(axis=1)
+        assert distances.min() < 0.5
 
 
 def test_detection_is_independent_of_the_batch(pack):
