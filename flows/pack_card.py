@@ -93,6 +93,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         plain = {row["seed"]: row["fdr"] for row in rows if (row["source"], row["rule"]) == (source, "none")}
         for rule, w in RULES:
             chosen = [row for row in rows if (row["source"], row["rule"]) == (source, rule)]
+            if not chosen:
+                continue
             gains = [row["fdr"] / plain[row["seed"]] for row in chosen]
             gain = "" if rule == "none" else f"{min(gains):.2f} to {max(gains):.2f}"
             cells = (
