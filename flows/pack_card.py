@@ -50,7 +50,7 @@ def write_card(pack: Path) -> Path:
         summary="\n".join(_summary(rows)),
         every="\n".join(_every(rows)),
         extent=f"{IDENTITIES} identities x {IMAGES} images",
-        sampler=rows[0]["sampler"].upper(),
+        sampler=f"{rows[0]['sampler'].upper()} with {rows[0]['steps']} steps",
         precision=PRECISION,
         files="\n".join(_files(pack)),
         size=f"{sum(path.stat().st_size for path in _weights(pack)) / 1e6:.1f}",
@@ -89,7 +89,7 @@ def _settings_line(network: str, note: Mapping[str, Any]) -> str:
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line a source and rule: means over the seeds, and the lowest and highest gain over no negative."""
-    for source, _, steps in SOURCES:
+    for source, _ in SOURCES:
         plain = {row["seed"]: row["fdr"] for row in rows if (row["source"], row["rule"]) == (source, "none")}
         for rule, w in RULES:
             chosen = [row for row in rows if (row["source"], row["rule"]) == (source, rule)]
@@ -102,13 +102,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 for key, form in (("fdr", ".2f"), ("eer", ".1%"), ("detected_fraction", ".1%"))
             )
             clipped = statistics.mean(row["clipped_fraction"] for row in chosen)
-            yield (
-                "| "
-                + " | ".join(
-                    [_SOURCE_TITLES[source], str(steps), rule, f"{w:g}", *cells, f"{clipped:.2%}", gain]
-                )
-                + " |"
-            )
+            row = [_SOURCE_TITLES[source], rule, f"{w:g}", *cells, f"{clipped:.2%}", gain]
+            yield f"| {' | '.join(row)} |"
 
 
 def _every(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -17,8 +17,8 @@ SEEDS = (0, 1, 2)
 PRECISION = "bf16"
 # Rule and weight; the first is what the others are compared with.
 RULES = (("none", 0.0), ("null", 0.5), ("rand", 0.5), ("far", 0.5))
-# Source of contexts, its file in the pack, and DDIM steps: half the demo's for those it does not use.
-SOURCES = (("file", "heldout.npz", 20), ("fitted", "reference.npz", 10), ("uniform", None, 10))
+# Source of contexts, and its file in the pack.
+SOURCES = (("file", "heldout.npz"), ("fitted", "reference.npz"), ("uniform", None))
 FIGURES_FILE = "evaluation.json"
 
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 def cases(pack: Path, seeds: Sequence[int] = SEEDS) -> Iterator[Case]:
     """Yield the datasets: the demo preset with each source, seed and rule, source by source."""
     demo = load_build("demo").model_dump()
-    for source, file, steps in SOURCES:
+    for source, file in SOURCES:
         for seed in seeds:
             for rule, w in RULES:
                 values = {
@@ -52,7 +52,6 @@ def cases(pack: Path, seeds: Sequence[int] = SEEDS) -> Iterator[Case]:
                     "samples": {
                         **demo["samples"],
                         "generator": str(pack / "generator"),
-                        "steps": steps,
                         "seed": seed,
                         "w": w,
                         "precision": PRECISION,

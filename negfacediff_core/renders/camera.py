@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from negfacediff_core.renders.linear import rotate
+
 #: Where the five landmarks lie in an aligned 112 x 112 face: image-left eye, image-right eye, nose, mouth
 #: corners.
 ARCFACE_TEMPLATE = np.array(
@@ -56,8 +58,8 @@ def turn_head(
 ) -> NDArray[np.float32]:
     """Turn the head about the neck joint; the shoulders follow by a quarter of yaw, a tenth of pitch."""
     centred = vertices - NECK_JOINT
-    head = centred @ rotation(yaw, pitch, roll).T.astype(np.float32)
-    shoulders = centred @ rotation(0.25 * yaw, 0.1 * pitch, 0.0).T.astype(np.float32)
+    head = rotate(centred, rotation(yaw, pitch, roll))
+    shoulders = rotate(centred, rotation(0.25 * yaw, 0.1 * pitch, 0.0))
     return shoulders + neck[:, None] * (head - shoulders) + NECK_JOINT
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from negfacediff_core.renders.asset import HAIR, LEFT_EYE, RIGHT_EYE, SKIN, HeadAsset, load_asset
 from negfacediff_core.renders.glasses import wear
 from negfacediff_core.renders.hair import BEARDS, hair_lift, long_hair_cover, ramp
+from negfacediff_core.renders.linear import weighted_sum
 from negfacediff_core.renders.look import (
     Beard,
     Brows,
@@ -178,10 +179,10 @@ def _draw_shape(rng: Generator, head: HeadAsset) -> tuple[NDArray[np.float32], P
     def blend(values: NDArray[np.float32]) -> NDArray[np.float32]:
         return (1 - mix) * values[first] + mix * values[second]
 
-    vertices = head.mean + np.tensordot(blend(head.rows), head.components, axes=1)
+    vertices = head.mean + weighted_sum(blend(head.rows), head.components)
     changes = _draw_changes(rng, head.changes)
-    vertices += np.tensordot(np.maximum(changes, 0), head.increase, axes=1)
-    vertices += np.tensordot(np.maximum(-changes, 0), head.decrease, axes=1)
+    vertices += weighted_sum(np.maximum(changes, 0), head.increase)
+    vertices += weighted_sum(np.maximum(-changes, 0), head.decrease)
     eyes = np.concatenate([head.vertices_of[LEFT_EYE], head.vertices_of[RIGHT_EYE]])
     vertices -= vertices[eyes].mean(0)
     person = Person(

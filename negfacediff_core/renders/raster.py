@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negfacediff_core.renders.asset import HAIR, SPECTACLES
+from negfacediff_core.renders.linear import rotate
 from negfacediff_core.renders.texture import compiled
 
 #: Half the side of the square that the shadow map covers, in centimetres around the origin.
@@ -127,7 +128,7 @@ def shadow_points(
     size: int = SHADOW_SIZE,
 ) -> NDArray[np.float32]:
     """Project `(V, 3)` vertices orthographically along a light: `(V, 3)` of pixel x, pixel y, nearness."""
-    points = vertices @ basis.T.astype(np.float32)
+    points = rotate(vertices, basis)
     points[:, 0] = (0.5 + points[:, 0] / (2 * extent)) * size
     points[:, 1] = (0.5 - points[:, 1] / (2 * extent)) * size
     points[:, 2] += SHADOW_OFFSET

@@ -210,8 +210,8 @@ def _draw(
         frame=(0.0, 0.0, 0.0) if identity.glasses is None else identity.glasses.colour,
     )
     weights = _spline_weights(fine)
-    picture = np.einsum("yi,ijc,xj->yxc", weights, variation.backdrop, weights, optimize=True)
-    picture = np.ascontiguousarray(picture)
+    rows = np.einsum("yi,ijc->yjc", weights, variation.backdrop)
+    picture = np.ascontiguousarray(np.einsum("yjc,xj->yxc", rows, weights))
     shade(
         visible,
         mesh.triangles,
