@@ -7,10 +7,11 @@ waits for them all; running the same build again after any interruption is there
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from rich.console import Console
 
@@ -18,8 +19,9 @@ from flows.progress import Meter, show_progress
 from flows.results import figures_of, publish, record_run, report_of, write_page
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError
-from negfacediff_core.stages import pending_units, plan_build
+from negfacediff_core.stages import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
+from negfacediff_core.store.records import pending
 from negfacediff_core.store.shards import prepare
 from tasks.chunks import Crew, Failure, Line, run_chunk
 from tasks.executors import check_available, open_pool
@@ -40,7 +42,8 @@ DEFAULT_EXECUTION = ExecutionConfig()
 @flow(
     name="build-dataset",
     flow_run_name="{build.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE),
+    # Prefect declares its runners for the exact kind of future that they hand out, its flows for any.
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
 )
 def build_dataset(
     build: BuildConfig, execution: ExecutionConfig = DEFAULT_EXECUTION, store: str = "store"
@@ -113,7 +116,7 @@ def pending_lines(specs: Sequence[StageSpec]) -> list[Line]:
     """Return every unit that lacks some of the stages, with those that it lacks, in order: read from disk."""
     missing: dict[Unit, list[StageSpec]] = {}
     for spec in specs:
-        for unit in pending_units(spec):
+        for unit in pending(spec):
             missing.setdefault(unit, []).append(spec)
     return [Line(unit, tuple(missing[unit])) for unit in sorted(missing)]
 
@@ -128,6 +131,7 @@ def _run_round(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]
             quote(chunk),
             attempt,
             quote(crew),
+            return_state=False,  # the default, but only so is it known what is returned
         )
         for number, chunk in enumerate(chunks, start=1)
     ]
@@ -145,7 +149,7 @@ def _describe_failures(failures: Sequence[Failure], left: int, rounds: int) -> s
 
 def meter_of(spec: StageSpec) -> Meter:
     """Return the progress meter of a stage: rows of its extent, and those committed already."""
-    left = sum(_rows(spec, unit) for unit in pending_units(spec))
+    left = sum(_rows(spec, unit) for unit in pending(spec))
     total = sum(_rows(spec, unit) for unit in spec.grid.units())
     noun = "images" if spec.per_replicate else "identities"
     return Meter(spec.name, noun, total, before=total - left)

@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.contexts import contexts
 from flows.pack import app as pack_app
+from flows.weights import app as weights_app
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError
 
@@ -25,7 +27,9 @@ app = typer.Typer(
     "contexts.\n\nStart with [bold]negfacediff demo[/bold]: it builds two small datasets from the same "
     "contexts and noise, without and with a negative, and compares them.",
 )
+app.command(epilog="Example: negfacediff contexts demo/store")(contexts)
 app.add_typer(pack_app, name="pack")
+app.add_typer(weights_app, name="weights")
 
 Executor = Annotated[
     str,
@@ -50,7 +54,13 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's l
 )
 def build(
     preset: Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")],
-    store: Annotated[str, typer.Option(help="Folder or fsspec URL that datasets are kept in.")] = "store",
+    store: Annotated[
+        str,
+        typer.Option(
+            help="Folder or fsspec URL that datasets are kept in; s3:// needs the extra s3: "
+            "pip install 'negfacediff\\[s3]'."
+        ),
+    ] = "store",
     set_: Annotated[
         list[str] | None,
         typer.Option(

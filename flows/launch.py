@@ -39,8 +39,8 @@ def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
             f"\nInterrupted. Finished units are kept; the same command goes on from here:\n  {command}",
             file=sys.stderr,
         )
-        for server in list(SubprocessASGIServer._instances.values()):
-            server.stop()
+        # The very server that was started, by Prefect or here: there is one object a port, and one without.
+        SubprocessASGIServer().stop()
         sys.stdout.flush()
         sys.stderr.flush()
         # Threads in mid-unit cannot be stopped and would hold this up; they have committed nothing.

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -167,7 +168,8 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{message}."
     message, end = message[0].lower() + message[1:], "."
     if detail["type"] == "enum":
-        end = _nearest(str(detail["input"]), [choice.value for choice in known[name].annotation])
+        choices = cast("type[StrEnum]", known[name].annotation)
+        end = _nearest(str(detail["input"]), [choice.value for choice in choices])
     elif detail["type"] == "string_pattern_mismatch":
         message = "that is none of the values allowed"  # they follow in words; the pattern says it in signs
     elif detail["type"] == "model_type":

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -109,6 +110,32 @@ def show_progress(title: str, meters: Sequence[Meter], console: Console) -> Iter
                 refresh(by_stage[stage])
 
         yield Reporter(started, committed)
+
+
+class CallbackBar(AbstractContextManager["CallbackBar"]):
+    """Progress of work that calls it with (done, total) or (done, total, loss), as trainings do.
+
+    The first call tells how much an earlier run had done, which says nothing of this run's rate; a call with
+    another total starts a new bar.
+    """
+
+    def __init__(self, stage: str, noun: str):
+        self.stage, self.noun = stage, noun
+        self._shown = ExitStack()
+        self._meter: Meter | None = None
+
+    def __call__(self, done: int, total: int, loss: float = 0.0) -> None:
+        """Show that `done` things of `total` are done."""
+        if self._meter is None or self._meter.total != total:
+            self._shown.close()
+            self._meter = Meter(self.stage, self.noun, total, before=done)
+            self._reporter = self._shown.enter_context(show_progress("", [self._meter], Console()))
+            self._reporter.started(self.stage)
+        else:
+            self._reporter.committed(self.stage, done - self._meter.position)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._shown.close()
 
 
 class _MeterColumn(ProgressColumn):

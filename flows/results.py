@@ -18,6 +18,7 @@ from negfacediff_core.store.records import read_record, records
 from negfacediff_core.store.runs import write_run
 from negfacediff_core.store.shards import read_file
 from negfacediff_core.store.status import rate
+from negfacediff_core.weights import licence_of
 from tasks.executors import installed_versions
 
 # Those that an evaluation may hold: without two comparable images there is no histogram.
@@ -56,15 +57,13 @@ def licences_of(specs: Mapping[str, StageSpec]) -> list[dict[str, str]]:
         for name, spec in specs.items()
         for role, weight in spec.weights.items()
     }
-    return [{"part": part, "licence": _licence(Path(path)), "source": path} for path, part in weights.items()]
+    return [
+        {"part": part, "licence": licence_of(Path(path)) or _NO_LICENCE, "source": path}
+        for path, part in weights.items()
+    ]
 
 
-def _licence(weights: Path) -> str:
-    """Return the first line of the licence file in the folder of `weights`, or in the one that holds it."""
-    for folder in (weights, *weights.parents[:2]):
-        for file in sorted(folder.glob("LICEN[CS]E*")):
-            return file.read_text(encoding="utf-8").strip().splitlines()[0]
-    return "not stated; a dataset inherits the conditions of its weights"
+_NO_LICENCE = "not stated; a dataset inherits the conditions of its weights"
 
 
 def _timings(spec: StageSpec) -> dict[str, float]:

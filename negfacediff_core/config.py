@@ -22,6 +22,22 @@ class ContextSource(StrEnum):
     uniform = "uniform"
     fitted = "fitted"
     file = "file"
+    folder = "folder"
+    two_stage = "two_stage"
+    mixup = "mixup"
+    packed = "packed"
+
+
+#: The fields of `contexts` that a source reads besides `seed` and `max_cosine`; the rest must be left alone.
+CONTEXT_FIELDS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "fitted": ("file",),
+    "file": ("file",),
+    "folder": ("folder", "recogniser", "detector_size"),
+    "two_stage": ("generator", "steps", "recogniser", "detector_size"),
+    "mixup": ("file", "margin"),
+    "packed": ("packing_steps", "count"),
+}
 
 
 class Rule(StrEnum):
@@ -49,20 +65,36 @@ class MedianRule(StrEnum):
     paper = "paper"
 
 
+class NegativeWeights(StrEnum):
+    """`equal` weighs an identity's negatives alike; `rank` in proportion to 1, 1/2, 1/3, ..."""
+
+    equal = "equal"
+    rank = "rank"
+
+
 class Sampler(StrEnum):
     """The reverse-diffusion sampler."""
 
     ddim = "ddim"
     ddpm = "ddpm"
     dpm_solver = "dpm_solver"
+    dpm_solver_2s = "dpm_solver_2s"
 
 
 class Weight(StrEnum):
-    """How the negative weight moves with the timestep t (arXiv 2603.29569)."""
+    """How the negative weight moves with the timestep t (arXiv 2603.29569); piecewise follows a curve."""
 
     constant = "constant"
     adaptive = "adaptive"
     reverse = "reverse"
+    piecewise = "piecewise"
+
+
+class Transform(StrEnum):
+    """What is done to an identity's context anew for each image."""
+
+    none = "none"
+    idperturb = "idperturb"
 
 
 class Form(StrEnum):
@@ -102,19 +134,79 @@ class ContextsConfig(Model):
     source: ContextSource = Field(
         default=ContextSource.uniform,
         description="uniform: on the sphere (the paper's). fitted: a normal distribution fitted to `file`. "
-        "file: the vectors in `file`, as they are.",
+        "file: the vectors in `file`, as they are. folder: embeddings of the faces in `folder`. two_stage: "
+        "embeddings of faces that `generator` makes unasked. mixup: between two vectors of `file` each. "
+        "packed: spread evenly over the sphere.",
     )
     file: str | None = Field(
         default=None,
-        description="Embeddings for the sources fitted and file: .npz with `contexts`, or a published .npy.",
+        description="Embeddings for the sources fitted, file and mixup: .npz, Parquet or Zarr with "
+        "`contexts`, or a published .npy.",
+    )
+    folder: str | None = Field(
+        default=None,
+        description="Images for the source folder: one an identity, or a sub-folder of them an identity.",
+    )
+    generator: str = Field(
+        default="packs/demo/generator",
+        description="For the source two_stage: an unconditional release, or one that learned an empty "
+        "context.",
+    )
+    steps: int = Field(default=50, ge=1, le=1000, description="DDIM steps of the source two_stage.")
+    recogniser: str = Field(
+        default="packs/demo/faces",
+        description="insightface model pack whose detector and recogniser embed the images of the sources "
+        "folder and two_stage: the recogniser that samples.generator was trained with.",
+    )
+    detector_size: int = Field(
+        default=128, ge=32, le=1280, multiple_of=32, description="Side of that detector's input, in pixels."
+    )
+    margin: float = Field(
+        default=0.25,
+        ge=0,
+        le=0.5,
+        description="The source mixup takes shares in [margin, 1 - margin] of one vector and of another.",
+    )
+    packing_steps: int = Field(
+        default=200, ge=1, le=10_000, description="Steps of gradient descent of the source packed."
+    )
+    max_cosine: float = Field(
+        default=1.0,
+        gt=-1,
+        le=1,
+        description="Cosine that no two contexts may reach: an identity is drawn anew until it is far enough "
+        "from all before it. 1: no bound.",
+    )
+    count: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Identities that are packed, or kept apart by max_cosine, together; a dataset cannot "
+        "grow beyond them. 0: those of the first build of this name.",
     )
     seed: Seed = 0
 
+    @property
+    def joint(self) -> bool:
+        """Whether contexts depend on each other, so that all are made together."""
+        return self.source == ContextSource.packed or self.max_cosine < 1
+
     @model_validator(mode="after")
-    def _file_goes_with_its_sources(self) -> "ContextsConfig":
-        if (self.file is None) != (self.source == ContextSource.uniform):
-            need = "needs no file" if self.file else "needs `file`: the embeddings to read"
-            raise ValueError(f"the context source {self.source} {need}")
+    def _fields_go_with_the_source(self) -> "ContextsConfig":
+        read = (*CONTEXT_FIELDS[self.source], "source", "seed", "max_cosine", *["count"] * self.joint)
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in read and value is None:
+                what = "the embeddings to read" if name == "file" else "the images to embed"
+                raise ValueError(f"the context source {self.source} needs `{name}`: {what}")
+            if name not in read and value != field.default:
+                fitting = [source for source, fields in CONTEXT_FIELDS.items() if name in fields]
+                bound = ", or with max_cosine below 1" if name == "count" else ""
+                default = "null" if field.default is None else field.default
+                raise ValueError(
+                    f"the context source {self.source} does not read contexts.{name}, which is {value!r}: "
+                    f"leave it at {default}, or take it with the source {' or '.join(fitting)}{bound}"
+                )
         return self
 
 
@@ -122,6 +214,17 @@ class NegativesConfig(Model):
     """Which other identity each identity is pushed away from."""
 
     rule: Rule = Field(default=Rule.far, description="How the negative is picked; none switches it off.")
+    count: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Negatives of each identity: the nearest of the rule close, the farthest of far, those "
+        "about the median of mid, different ones of rand. none and null have no others.",
+    )
+    weights: NegativeWeights = Field(
+        default=NegativeWeights.equal,
+        description="How several negatives share the weight w: equal, or by rank as 1, 1/2, 1/3, ...",
+    )
     pool: int = Field(
         default=0,
         ge=0,
@@ -139,15 +242,61 @@ class SamplesConfig(Model):
     generator: str = Field(
         default="packs/demo/generator", description="Folder of the generator: an IDiff-Face release."
     )
-    sampler: Sampler = Field(default=Sampler.ddim, description="The sampler.")
+    sampler: Sampler = Field(
+        default=Sampler.ddim,
+        description="The sampler. dpm_solver is DPM-Solver++(2M), dpm_solver_2s its single-step form.",
+    )
     steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps; ddpm always takes all of T.")
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 as DDPM.")
     w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0: no negative.")
-    weight: Weight = Field(default=Weight.constant, description="How the weight moves over the timesteps.")
+    weight: Weight = Field(
+        default=Weight.constant,
+        description="How the weight moves over the timesteps t: constant, adaptive w (1 - t/T), reverse "
+        "w t/T, piecewise along `curve`.",
+    )
+    curve: str = Field(
+        default="",
+        description="For the piecewise weight: points t/T:factor, as '0:1 0.5:1 1:0'; pure noise is at 1.",
+    )
+    cfg: float = Field(
+        default=0.0,
+        ge=0,
+        le=20,
+        description="Weight of classifier-free guidance, (1 + cfg) eps(context) - cfg eps(empty context).",
+    )
+    interval_low: float = Field(
+        default=0.0, ge=0, le=1, description="Guidance acts where t/T is at least this (0: the last step)."
+    )
+    interval_high: float = Field(
+        default=1.0, ge=0, le=1, description="Guidance acts where t/T is at most this (1: the first step)."
+    )
+    transform: Transform = Field(
+        default=Transform.none,
+        description="idperturb turns the context of each image by a random angle (arXiv 2602.18831).",
+    )
+    lower_bound: float = Field(
+        default=0.6, ge=0, le=1, description="Lowest cosine of a turned context to its identity's."
+    )
+    safe: bool = Field(
+        default=False,
+        description="Turn no context further than half way to the nearest other identity of the pool.",
+    )
     ddim_alpha: Form = Field(default=Form.exact, description="DDIM's previous alpha; paper: off by one.")
     final_noise: Form = Field(default=Form.exact, description="DDPM's noise at t = 1; paper: none.")
     precision: Precision = Field(default=Precision.fp32, description="Number format of the networks.")
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _guidance_makes_sense(self) -> "SamplesConfig":
+        if self.interval_low > self.interval_high:
+            raise ValueError(
+                f"interval_low is {self.interval_low} and interval_high {self.interval_high}: the interval "
+                "of guidance is empty; swap them, or set w and cfg to 0 for no guidance"
+            )
+        if (self.weight == Weight.piecewise) != bool(self.curve):
+            need = "needs no `curve`" if self.curve else "needs `curve`, such as '0:1 0.5:1 1:0'"
+            raise ValueError(f"the weight {self.weight} {need}")
+        return self
 
 
 class AlignedConfig(Model):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # purposes of noise, each with numbers of its own
-SAMPLES, CONTEXTS, NEGATIVES = 0, 1, 2
+SAMPLES, CONTEXTS, NEGATIVES, TRANSFORMS = 0, 1, 2, 3
 
 MAX_STEP = 1 << 24
 
@@ -55,11 +55,12 @@ def _words(
     identities: Numbers,
     replicates: Numbers,
     step: int,
-    blocks: int,
+    count: int,
+    a_block: int,
     device: torch.device | str,
     stream: int,
 ) -> tuple[Tensor, ...]:
-    """Four `(N, blocks)` tensors of 32-bit words."""
+    """Four `(N, blocks)` tensors of 32-bit words: `count` numbers a row, of which a block gives `a_block`."""
     if not (0 <= seed < 1 << 64 and 0 <= step < MAX_STEP and 0 <= stream < 256):
         raise ValueError(
             f"noise: seed {seed}, step {step} or stream {stream} is not in [0, 2^64), [0, 2^24), [0, 2^8)"
@@ -74,7 +75,7 @@ def _words(
             )
         rows.append(row.to(device)[:, None])
     identity, replicate = rows
-    element = torch.arange(blocks, device=device)[None]
+    element = torch.arange(-(-count // a_block), device=device)[None]
     purpose = torch.full((1, 1), stream << 24 | step, device=device)
     return philox4x32((element, purpose, replicate, identity), (seed & _WORD, seed >> 32))
 
@@ -94,13 +95,12 @@ def gaussian(
     timestep that the noise is added at, or T for the initial latent; `seed` is in [0, 2^64). |z| is at most
     6.7. Raises `ValueError` outside these ranges.
     """
-    count = math.prod(shape)
-    w0, w1, w2, w3 = _words(seed, identities, replicates, step, -(-count // 4), device, stream)
+    w0, w1, w2, w3 = _words(seed, identities, replicates, step, math.prod(shape), 4, device, stream)
     # (0, 1] for the radius, so that the logarithm is finite
     radius = torch.stack([w0, w2], dim=-1).add_(1).double().mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = torch.stack([w1, w3], dim=-1).double().mul_(2.0 * math.pi * 2.0**-32)
     pairs = torch.stack([(radius * angle.cos()).float(), (radius * angle.sin()).float()], dim=-1)
-    return pairs.flatten(1)[:, :count].reshape(len(pairs), *shape)
+    return pairs.flatten(1)[:, : math.prod(shape)].reshape(len(pairs), *shape)
 
 
 def uniform(
@@ -113,8 +113,7 @@ def uniform(
     stream: int = SAMPLES,
 ) -> Tensor:
     """Uniform numbers `(N, *shape)` float64 in [0, 1) with 53 random bits; arguments as in `gaussian`."""
-    count = math.prod(shape)
-    w0, w1, w2, w3 = _words(seed, identities, replicates, step, -(-count // 2), device, stream)
+    w0, w1, w2, w3 = _words(seed, identities, replicates, step, math.prod(shape), 2, device, stream)
     high, low = torch.stack([w0, w2], dim=-1), torch.stack([w1, w3], dim=-1)
     numbers = ((high >> 5) * 2**26 + (low >> 6)).double() * 2.0**-53
-    return numbers.flatten(1)[:, :count].reshape(len(numbers), *shape)
+    return numbers.flatten(1)[:, : math.prod(shape)].reshape(len(numbers), *shape)

@@ -1,10 +1,13 @@
 """Shared fixtures: tiny random weights in the layouts of real ones, and a small build of them."""
 
 import os
+import tempfile
 import warnings
 
 import pytest
 import torch
+from diffusion_reference import TINY_MODEL
+from hypothesis import settings
 from torch import Tensor, nn
 
 from negfacediff_core.config import BuildConfig
@@ -12,16 +15,20 @@ from negfacediff_core.diffusion.checkpoint import save_generator
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
 from negfacediff_core.diffusion.unet import ConditionalUNet
 
-TINY_MODEL = {
-    "input_channels": 3,
-    "initial_channels": 32,
-    "channel_multipliers": (1, 2),
-    "is_attention": (False, True),
-    "n_blocks_per_resolution": 1,
-    "condition_type": "CA",
-    "context_input_channels": 16,
-    "context_channels": 32,
-}
+# What this machine's user has told Prefect, and whether the home can be written, is not what is tested.
+# Prefect reads it when it is first imported.
+_PREFECT_HOME = tempfile.TemporaryDirectory(prefix="negfacediff-tests-")
+os.environ["PREFECT_HOME"] = _PREFECT_HOME.name
+# A busy machine is no reason to fail: how long one example takes is nobody's promise.
+settings.register_profile("negfacediff", deadline=None)
+settings.load_profile("negfacediff")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Every test begins with one thread, whatever the machine has and the test before it has set."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,23 +59,28 @@ class BrightSpots(nn.Module):
 SPOT = 0.36
 
 
+def save_tiny_generator(folder, T):
+    """Save a tiny random generator of 32-pixel images, with contexts of width 16 and T timesteps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first_stage = FirstStageSettings(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=64)
+        unet, decoder, encoder = ConditionalUNet(**TINY_MODEL), VQDecoder(first_stage), VQEncoder(first_stage)
+        for weights in unet.parameters():
+            if not weights.any():  # the last layer starts at zero: an untrained network would see no context
+                nn.init.normal_(weights, std=0.1)
+    diffusion = {"T": T, "schedule_type": "linear"}
+    save_generator(folder, unet, decoder, encoder, model=TINY_MODEL, diffusion=diffusion, image_size=32)
+
+
 @pytest.fixture(scope="session")
 def tiny_pack(tmp_path_factory):
     """A folder with `generator` (32-pixel images), `faces` (a detector) and `judge`, all tiny."""
     folder = tmp_path_factory.mktemp("tiny_pack")
+    save_tiny_generator(folder / "generator", T=50)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = FirstStageSettings(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=64)
-        unet, decoder, encoder = ConditionalUNet(**TINY_MODEL), VQDecoder(settings), VQEncoder(settings)
-        for weights in unet.parameters():
-            if not weights.any():  # the last layer starts at zero: an untrained network would see no context
-                nn.init.normal_(weights, std=0.1)
         pool = (nn.Conv2d(3, 8, 7, 4), nn.ReLU(), nn.AvgPool2d(9), nn.Flatten(), nn.Linear(72, 16))
         judge = nn.Sequential(*pool)
-    diffusion = {"T": 50, "schedule_type": "linear"}
-    save_generator(
-        folder / "generator", unet, decoder, encoder, model=TINY_MODEL, diffusion=diffusion, image_size=32
-    )
     _export(BrightSpots(), folder / "faces" / "detector.onnx", 128)
     _export(judge, folder / "judge" / "judge.onnx", 112)
     return folder

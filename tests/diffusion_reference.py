@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from negfacediff_core.diffusion.checkpoint import save_generator
+from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
 from negfacediff_core.diffusion.unet import ConditionalUNet
 
 DATA = Path(__file__).parent / "data"
@@ -22,6 +24,14 @@ TINY_MODEL = {
     "context_input_channels": 16,
     "context_channels": 32,
 }
+
+TINY_FIRST_STAGE = FirstStageSettings(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
+TINY_DIFFUSION = {"T": 50, "schedule_type": "linear"}
+
+# Where a release that this project saves keeps its weights.
+UNET_FILE = "checkpoints/ema_averaged_model.ckpt"
+DECODER_FILE = "first_stage_decoder_state_dict.pt"
+ENCODER_FILE = "first_stage_encoder_state_dict.pt"
 
 
 class Reference(NamedTuple):
@@ -76,3 +86,30 @@ def reference_unet(file: Reference) -> ConditionalUNet:
     unet = ConditionalUNet(**file.config.get("unet", file.config))
     unet.load_state_dict(file.weights)
     return unet.eval()
+
+
+def save_tiny(folder: Path, **model) -> tuple[ConditionalUNet, VQDecoder, VQEncoder]:
+    """Save a tiny random generator for images of 16 pixels; `model` changes TINY_MODEL."""
+    model = TINY_MODEL | model
+    unet = randomised(ConditionalUNet(**model))
+    decoder, encoder = randomised(VQDecoder(TINY_FIRST_STAGE)), randomised(VQEncoder(TINY_FIRST_STAGE))
+    save_generator(
+        folder,
+        unet,
+        decoder,
+        encoder,
+        model=model,
+        diffusion=TINY_DIFFUSION,
+        image_size=16,
+        conditioner_sha256="ab12",
+    )
+    return unet, decoder, encoder
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks have the same keys in the same order, and bit for bit the same float32 weights."""
+    states = first.state_dict(), second.state_dict()
+    return list(states[0]) == list(states[1]) and all(
+        value.dtype == torch.float32 and torch.equal(value, states[1][key])
+        for key, value in states[0].items()
+    )

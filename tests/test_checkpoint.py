@@ -1,46 +1,38 @@
+"""Release folders: which files are found, what the configuration may say, that loading gives all back."""
+
+import copy
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from diffusion_reference import TINY_MODEL, randomised
+from diffusion_reference import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    TINY_DIFFUSION,
+    TINY_MODEL,
+    UNET_FILE,
+    same_weights,
+    save_tiny,
+)
+from safetensors.torch import save_file
 
 from negfacediff_core.diffusion.checkpoint import (
     load_generator,
-    read_state_dict,
+    open_release,
     save_generator,
     weight_files,
 )
-from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
+from negfacediff_core.diffusion.first_stage import FirstStageSettings
 from negfacediff_core.diffusion.release_config import CONFIG_FILE, first_stage_settings, read_config
 from negfacediff_core.diffusion.schedule import linear
-from negfacediff_core.diffusion.training import load_state
-from negfacediff_core.diffusion.unet import ConditionalUNet
-from negfacediff_core.errors import ConfigError, WeightsError
-
-FIRST_STAGE = FirstStageSettings(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
-UNET_FILE = "checkpoints/ema_averaged_model.ckpt"
-DECODER_FILE = "first_stage_decoder_state_dict.pt"
+from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    unet = randomised(ConditionalUNet(**TINY_MODEL))
-    decoder, encoder = randomised(VQDecoder(FIRST_STAGE)), randomised(VQEncoder(FIRST_STAGE))
-    diffusion = {"T": 50, "schedule_type": "linear"}
-    save_generator(
-        folder,
-        unet,
-        decoder,
-        encoder,
-        model=TINY_MODEL,
-        diffusion=diffusion,
-        image_size=16,
-        conditioner_sha256="ab12",
-    )
-    return folder, unet, decoder, encoder
+    return folder, *save_tiny(folder)
 
 
 @pytest.fixture
@@ -53,20 +45,6 @@ def edit_config(folder, edit):
     config = yaml.safe_load(path.read_text())
     edit(config)
     path.write_text(yaml.safe_dump(config))
-
-
-def edit_state(path, edit):
-    state = torch.load(path, weights_only=True)
-    edit(state)
-    torch.save(state, path)
-
-
-def same_weights(first, second):
-    states = first.state_dict(), second.state_dict()
-    return list(states[0]) == list(states[1]) and all(
-        value.dtype == torch.float32 and torch.equal(value, states[1][key])
-        for key, value in states[0].items()
-    )
 
 
 def test_a_saved_generator_loads_bit_for_bit(saved):
@@ -83,17 +61,16 @@ def test_a_saved_generator_loads_bit_for_bit(saved):
     assert read_config(folder)["constants"]["conditioner_sha256"] == "ab12"
 
 
-def test_half_precision_files_load_as_float32(saved, tmp_path):
-    _, unet, decoder, encoder = saved
-    diffusion = {"T": 50, "schedule_type": "linear"}
-    networks = (unet, decoder, encoder)
-    save_generator(
-        tmp_path, *networks, model=TINY_MODEL, diffusion=diffusion, image_size=16, dtype=torch.float16
-    )
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_any_floating_point_type_load_as_float32(saved, tmp_path, dtype):
+    _, unet, *first_stage = saved
+    settings = {"model": TINY_MODEL, "diffusion": TINY_DIFFUSION, "image_size": 16}
+    save_generator(tmp_path, unet, *first_stage, **settings, dtype=dtype)
     loaded = load_generator(tmp_path).unet.state_dict()
-    assert all(torch.equal(loaded[key], value.half().float()) for key, value in unet.state_dict().items())
+    assert all(value.dtype == torch.float32 for value in loaded.values())
+    assert all(torch.equal(loaded[key], value.to(dtype).float()) for key, value in unet.state_dict().items())
     stored = torch.load(tmp_path / UNET_FILE, weights_only=True)
-    assert stored["betas"].dtype == torch.float32 and stored["eps_model.final.bias"].dtype == torch.float16
+    assert stored["betas"].dtype == torch.float32 and stored["eps_model.final.bias"].dtype == dtype
 
 
 def test_a_release_with_bare_keys_and_hydra_references_loads(saved, release):
@@ -132,12 +109,39 @@ def test_weight_files_prefer_averaged_weights_and_the_last_step(release):
     assert load_generator(release).image_size == 16
 
 
+def as_safetensors(path):
+    """Store a state dict in the other format, in place of the first."""
+    save_file(torch.load(path, weights_only=True), path.with_suffix(".safetensors"))
+    path.unlink()
+
+
+def test_every_file_may_be_safetensors(saved, release):
+    for name in (UNET_FILE, DECODER_FILE, ENCODER_FILE):
+        as_safetensors(release / name)
+    assert {path.suffix for path in weight_files(release).values()} == {".yaml", ".safetensors"}
+    generator = load_generator(release, with_encoder=True)
+    networks = (generator.unet, generator.decoder, generator.encoder)
+    assert all(map(same_weights, networks, saved[1:]))
+
+
+def test_safetensors_stand_behind_the_other_format_and_in_the_same_order_of_names(release):
+    checkpoints = release / "checkpoints"
+    whole = checkpoints / "ema_averaged_model.ckpt"
+    for name in ("model", "ema_averaged_model_900", "ema_averaged_model_1000", "ema_averaged_model"):
+        shutil.copy(whole, checkpoints / f"{name}.safetensors")
+    assert weight_files(release)["unet"] == whole
+    whole.unlink()
+    for name in ("ema_averaged_model", "ema_averaged_model_1000", "ema_averaged_model_900", "model"):
+        assert weight_files(release)["unet"] == checkpoints / f"{name}.safetensors"
+        (checkpoints / f"{name}.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
         (CONFIG_FILE, "no generator at .*config.yaml is missing"),
         (UNET_FILE, r"no weights: put ema_averaged_model\.ckpt"),
-        (DECODER_FILE, f"holds no {DECODER_FILE}"),
+        (DECODER_FILE, f"holds no {DECODER_FILE}.*first_stage.ckpt"),
     ],
 )
 def test_missing_files_are_named(release, gone, message):
@@ -146,62 +150,13 @@ def test_missing_files_are_named(release, gone, message):
         load_generator(release)
 
 
-def rename_a_key(state):
-    state["eps_model.final.wait"] = state.pop("eps_model.final.weight")
-
-
-def reshape_a_key(state):
-    state["eps_model.final.bias"] = torch.zeros(4)
-
-
-def drop_many_keys(state):
-    for key in [key for key in state if ".middle." in key]:
-        del state[key]
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (rename_a_key, r"1 missing \(final\.weight\); 1 unknown \(final\.wait\)"),
-        (reshape_a_key, r"1 of another shape \(final\.bias is \(4,\) and should be \(3,\)\)"),
-        (drop_many_keys, r"\d+ missing \(middle\.\S+, middle\.\S+, middle\.\S+, \.\.\.\)"),
-        (lambda state: state.update(alpha_bars=linear(60).buffers()["alpha_bars"]), "another noise schedule"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(release, edit, message):
-    edit_state(release / UNET_FILE, edit)
-    with pytest.raises(WeightsError, match=message):
-        load_generator(release)
-
-
-class Stranger:
-    def __reduce__(self):
-        return print, ("this must never run",)
-
-
-# Plain texts, bytes without any sense, and another protocol: each makes torch raise another error, or warn.
-DAMAGED = [
-    *(b"not a checkpoint at all", b"hello world", b"just some text\n", b"0" * 64, b"gone", b"\x80\x04N."),
-    *(np.random.default_rng(seed).bytes(300) for seed in range(40)),
-]
-
-
-def test_damaged_and_foreign_files_are_refused(release, capsys):
-    path = release / UNET_FILE
-    whole = path.read_bytes()
-    for damaged in (*DAMAGED, *(whole[: len(whole) * share // 100] for share in (0, 1, 50, 99))):
-        path.write_bytes(damaged)
-        with pytest.raises(WeightsError, match=r"ema_averaged_model\.ckpt .*damaged"):
-            load_generator(release)
-        with pytest.raises(WeightsError, match="cannot be read"):
-            load_state(path)
-    torch.save({"weight": Stranger()}, path)
-    with pytest.raises(WeightsError, match="more than tensors"):
-        load_generator(release)
-    torch.save({"step": 3}, path)
-    with pytest.raises(WeightsError, match="flat state dict"):
-        read_state_dict(path)
-    assert "never run" not in capsys.readouterr().out
+def test_a_missing_folder_or_encoder_is_named(release, tmp_path):
+    with pytest.raises(WeightsError, match=r"no generator at .*nowhere: \.hydra/config\.yaml is missing"):
+        load_generator(tmp_path / "nowhere")
+    (release / ENCODER_FILE).unlink()
+    assert load_generator(release).encoder is None
+    with pytest.raises(WeightsError, match=f"holds no {ENCODER_FILE}"):
+        load_generator(release, with_encoder=True)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +166,23 @@ def test_damaged_and_foreign_files_are_refused(release, capsys):
         (lambda config: config["model"].update(depth=3), "depth"),
         (lambda config: config["model"].update(input_channels="${constants.nothing}"), "refers to nothing"),
         (lambda config: config["constants"].update(image_size="${constants.image_size}"), "refers to itself"),
+        (lambda config: config["constants"].update(image_size="${a.b}", a="${c}"), "refers to nothing"),
+        (
+            lambda config: (
+                config.update(a={"b": "x ${c.d}"}, c={"d": "${model.depth}"})
+                or config["model"].update(depth="${a.b}")
+            ),
+            r"\$\{a\.b\} refers to itself",
+        ),
+        (
+            lambda config: config["model"].update(condition_type="FiLM"),
+            "condition_type is 'FiLM'.*knows AdaGN",
+        ),
+        (lambda config: config["model"].update(input_channels=4), "input_channels is 4.*have 3 channels"),
+        (
+            lambda config: config["latent_diffusion"]["first_stage"].update(ddconfig={"in_channels": 1}),
+            "in_channels is 1.*must be 3",
+        ),
         (lambda config: config["constants"].update(image_size=15), "image_size is 15.*multiple of 4"),
         (lambda config: config["diffusion"].update(schedule_type="warm"), "schedule_type is 'warm'"),
     ],
@@ -225,3 +197,36 @@ def test_a_configuration_that_is_not_yaml_is_refused(release):
     (release / CONFIG_FILE).write_text("model: [unclosed")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_generator(release)
+    (release / CONFIG_FILE).write_text("model: &model {inside: *model}\nconstants: {}\ndiffusion: {}\n")
+    with pytest.raises(ConfigError, match="nested without end"):
+        load_generator(release)
+
+
+# Of every type, near and far from what is allowed.
+ODD = [None, -1, 0, 1.5, "x", [], {}, [0], [None, None], 10**30, True, float("nan"), ["a", "b"], "${model}"]
+
+
+def places(tree, path=()):
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+def test_no_value_anywhere_in_a_configuration_ends_in_anything_but_a_clear_error(release):
+    whole = yaml.safe_load((release / CONFIG_FILE).read_text())
+    refused = 0
+    for number, place in enumerate(places(whole)):
+        for value in ODD[number % 5 :: 5]:
+            config = copy.deepcopy(whole)
+            section = config
+            for key in place[:-1]:
+                section = section[key]
+            section[place[-1]] = value
+            (release / CONFIG_FILE).write_text(yaml.safe_dump(config))
+            try:
+                open_release(release)
+            except NegFaceDiffError as error:
+                refused += 1
+                assert len(str(error).splitlines()) == 1, (place, value)
+    assert refused > 40

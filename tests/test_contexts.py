@@ -1,10 +1,9 @@
-"""Contexts: drawn per identity, loaded without running code, checked with the rows named."""
+"""Contexts: drawn per identity, each source alike, and checked with the rows named."""
 
-import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from negfacediff_core import contexts
 from negfacediff_core.errors import ContextsError
 
 WIDTH = 24
+IDENTITIES = 33
 
 
 def reference(count=40, width=WIDTH, seed=0):
@@ -21,30 +21,77 @@ def reference(count=40, width=WIDTH, seed=0):
     return contexts.normalise(random.standard_normal((count, width)) * spread + 0.3)
 
 
-def draw(source, seed, identities, tmp_path):
-    file = None
-    if source != "uniform":
-        file = tmp_path / "reference.npz"
-        np.savez(file, contexts=reference())
-    return contexts.SOURCES[source](seed, np.asarray(identities), WIDTH, file)
+def embed(images):
+    """The mean colours of the 8 columns of an image; none where its first pixel is bright."""
+    embeddings = images.reshape(len(images), -1, 8, 3).mean(axis=1).reshape(len(images), WIDTH)
+    return np.where(images[:, 0, 0, :1] > 200, np.nan, embeddings).astype(np.float32)
+
+
+def generate(identities, replicates, seed):
+    """Noise for images: a function of the three numbers alone."""
+    drawn = [
+        np.random.default_rng([seed, identity, replicate]).integers(0, 256, (8, 8, 3), np.uint8)
+        for identity, replicate in zip(identities, replicates, strict=True)
+    ]
+    return np.array(drawn)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """What every source can draw from."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{number:02}.npy" for number in range(IDENTITIES)]
+    return contexts.Given(
+        width=WIDTH,
+        reference=reference(),
+        distribution=contexts.fit_identities(reference()),
+        folder=contexts.ImageFolder(tuple(path.stem for path in paths), tuple((path,) for path in paths)),
+        generate=generate,
+        embed=embed,
+        count=IDENTITIES,
+        steps=5,
+    )
+
+
+@pytest.fixture(autouse=True)
+def images_on_disk(monkeypatch):
+    """Pictures whose file names are their seeds; reading real ones is tested elsewhere."""
+
+    def read(path):
+        image = np.random.default_rng(int(Path(path).stem)).integers(0, 256, (8, 8, 3), np.uint8)
+        image[0, 0] = 0
+        return image
+
+    monkeypatch.setattr("negfacediff_core.contexts.images.read_image", read)
+
+
+def draw(source, seed, identities, material, attempt=0):
+    identities = np.asarray(identities)
+    return contexts.SOURCES[source](seed, identities, np.full_like(identities, attempt), material)
 
 
 @pytest.mark.parametrize("source", contexts.SOURCES)
-def test_every_source_gives_unit_vectors_that_stay_when_identities_are_added(source, tmp_path):
-    few = draw(source, 3, range(5), tmp_path)
-    many = draw(source, 3, range(33), tmp_path)
+def test_every_source_gives_unit_vectors_that_stay_when_identities_are_added(source, material):
+    few = draw(source, 3, range(5), material)
+    many = draw(source, 3, range(IDENTITIES), material)
     assert few.dtype == np.float32 and few.shape == (5, WIDTH)
     np.testing.assert_allclose(np.linalg.norm(many, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(few, many[:5])
-    np.testing.assert_array_equal(draw(source, 3, [30, 2, 7], tmp_path), many[[30, 2, 7]])
-    contexts.check_contexts(many, WIDTH, identities=33)
+    np.testing.assert_array_equal(draw(source, 3, [30, 2, 7], material), many[[30, 2, 7]])
+    contexts.check_contexts(many, WIDTH, identities=IDENTITIES)
 
 
-@pytest.mark.parametrize("source", ["uniform", "fitted"])
-def test_another_seed_gives_other_contexts(source, tmp_path):
-    assert not np.allclose(
-        draw(source, 0, range(4), tmp_path), draw(source, 1, range(4), tmp_path), atol=1e-2
-    )
+@pytest.mark.parametrize("source", sorted(set(contexts.SOURCES) - {"file", "folder"}))
+def test_another_seed_gives_other_contexts(source, material):
+    one, other = (draw(source, seed, range(4), material) for seed in (0, 1))
+    assert (np.abs(one - other).max(axis=1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("source", contexts.SOURCES)
+def test_another_attempt_gives_another_context_where_the_table_says_so(source, material):
+    first, second = (draw(source, 0, range(4), material, attempt) for attempt in (0, 1))
+    moved = np.abs(first - second).max(axis=1) > 1e-2
+    assert (moved == (source in contexts.REDRAWN)).all()
 
 
 def test_uniform_contexts_have_no_preferred_direction():
@@ -74,108 +121,42 @@ def test_shrinkage_is_strong_for_few_identities_and_vanishes_for_many():
     assert np.trace(distribution.covariance) == pytest.approx(np.trace(plain), rel=1e-6)
 
 
-def test_a_stored_distribution_is_used_as_it_is(tmp_path):
-    fit = contexts.fit_identities(reference())
-    np.savez(tmp_path / "fit.npz", mean=fit.mean, covariance=fit.covariance)
-    np.savez(tmp_path / "rows.npz", contexts=reference())
-    numbers = np.arange(6)
-    np.testing.assert_array_equal(
-        contexts.SOURCES["fitted"](0, numbers, WIDTH, tmp_path / "fit.npz"),
-        contexts.SOURCES["fitted"](0, numbers, WIDTH, tmp_path / "rows.npz"),
-    )
+@settings(max_examples=30, deadline=None)
+@given(margin=st.floats(0, 0.5), seed=st.integers(0, 2**63 - 1))
+def test_mixup_lies_between_two_known_identities(margin, seed):
+    known = np.eye(6, dtype=np.float32)
+    mixed = contexts.mixup(seed, np.arange(200), known, margin)
+    assert ((mixed > 0).sum(axis=1) <= 2).all()
+    shares = mixed / mixed.sum(axis=1, keepdims=True)
+    low = np.where(shares > 0, shares, 1).min(axis=1)
+    assert (low >= margin - 1e-6).all()
+    assert (shares.max(axis=1) <= 1 - margin + 1e-6).all()
 
 
-def test_npz_round_trip_with_names(tmp_path):
-    np.savez(tmp_path / "c.npz", contexts=reference(3), names=np.array(["a", "b", "ç"]))
-    loaded = contexts.load_contexts(tmp_path / "c.npz")
-    assert loaded.names == ("a", "b", "ç")
-    np.testing.assert_array_equal(loaded.contexts, reference(3))
+def test_mixup_takes_every_pair_and_every_share():
+    known = np.eye(5, dtype=np.float32)
+    mixed = contexts.mixup(0, np.arange(4000), known, 0.25)
+    shares = mixed / mixed.sum(axis=1, keepdims=True)
+    pairs, counts = np.unique(mixed > 0, axis=0, return_counts=True)
+    assert len(pairs) == 10 and counts.min() > 400 - 5 * 20
+    largest = shares.max(axis=1)
+    np.testing.assert_allclose(np.quantile(largest, [0.1, 0.5, 0.9]), [0.525, 0.625, 0.725], atol=0.01)
 
 
-def test_published_file_is_a_torch_saved_dict(tmp_path):
-    vectors = reference(4)
-    torch.save({f"{row}.jpg": vector for row, vector in enumerate(vectors)}, tmp_path / "c.npy")
-    loaded = contexts.load_contexts(tmp_path / "c.npy")
-    assert loaded.names == ("0.jpg", "1.jpg", "2.jpg", "3.jpg")
-    np.testing.assert_array_equal(loaded.contexts, vectors)
+def test_mixup_of_one_identity_is_refused():
+    with pytest.raises(ContextsError, match="at least two reference identities, got 1"):
+        contexts.mixup(0, np.arange(3), reference(1), 0.25)
 
 
-class Exploit:
-    """Pickles to a call that leaves a file behind when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
+def test_a_distribution_of_another_width_is_refused(material):
+    narrow = contexts.Given(width=WIDTH - 1, distribution=material.distribution)
+    with pytest.raises(ContextsError, match="width 24, but the generator takes contexts of width 23"):
+        draw("fitted", 0, range(2), narrow)
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, legacy):
-    witness = tmp_path / "witness"
-    payload = {"a": reference(1)[0], "b": Exploit(witness)}
-    torch.save(payload, tmp_path / "c.npy", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ContextsError, match="could run code"):
-        contexts.load_contexts(tmp_path / "c.npy")
-    assert not witness.exists()
-
-
-def test_an_object_array_is_refused(tmp_path):
-    np.savez(tmp_path / "c.npz", contexts=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ContextsError, match="cannot be read"):
-        contexts.load_contexts(tmp_path / "c.npz")
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("c.npz", b"not a zip"),
-        ("c.npz", b""),
-        ("c.npy", b""),
-        ("c.npy", b"\x00" * 64),
-        ("c.npy", pickle.dumps([1, 2, 3], protocol=2)),
-        ("c.npy", b"\x80\x04N."),
-        *(("c.npy", text) for text in (b"hello world", b"just some text\n", b"gone", b"0" * 64)),
-        *(("c.npy", np.random.default_rng(seed).bytes(300)) for seed in range(40)),
-    ],
-)
-def test_unreadable_files_say_so(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ContextsError, match=r"contexts file .*c.np"):
-        contexts.load_contexts(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["c.npz", "c.npy"])
-@pytest.mark.parametrize("read", [contexts.load_contexts, contexts.load_identities])
-def test_damaged_files_say_so(tmp_path, name, read):
-    path = tmp_path / name
-    if name == "c.npz":
-        np.savez(path, contexts=reference(4), mean=np.zeros(4), covariance=np.eye(4))
-    else:
-        torch.save({str(row): vector for row, vector in enumerate(reference(4))}, path)
-    whole = path.read_bytes()
-    middle = len(whole) // 2
-    overwritten = whole[:40] + bytes(middle - 40) + whole[middle:]
-    for damaged in (whole[:middle], whole[:-1], whole[: middle // 8], overwritten):
-        path.write_bytes(damaged)
-        with pytest.raises(ContextsError, match=r"contexts file .*c.np"):
-            read(path)
-
-
-def test_missing_file_and_missing_array(tmp_path):
-    with pytest.raises(ContextsError, match="does not exist"):
-        contexts.load_contexts(tmp_path / "none.npz")
-    np.savez(tmp_path / "c.npz", vectors=reference(3))
-    with pytest.raises(ContextsError, match="contexts"):
-        contexts.load_contexts(tmp_path / "c.npz")
-    with pytest.raises(ContextsError, match="needs a file"):
-        contexts.SOURCES["file"](0, np.arange(2), WIDTH, None)
-
-
-def test_more_identities_than_the_file_holds(tmp_path):
-    np.savez(tmp_path / "c.npz", contexts=reference(10))
-    with pytest.raises(ContextsError, match="11 identities were asked for but only 10"):
-        contexts.SOURCES["file"](0, np.array([3, 10]), WIDTH, tmp_path / "c.npz")
+def test_more_identities_than_the_file_holds(material):
+    with pytest.raises(ContextsError, match="41 identities were asked for but only 40"):
+        draw("file", 0, [3, 40], material)
 
 
 @pytest.mark.parametrize(

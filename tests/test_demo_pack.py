@@ -1,5 +1,8 @@
 """The weights that ship: insightface reads the model packs, the project's loaders read all of it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +60,14 @@ def test_the_generator_takes_the_recognisers_embeddings_and_the_judge_is_another
     assert judge.sha256 != recogniser.sha256
     contexts = load_contexts(PACK / "contexts" / "heldout.npz").contexts
     assert contexts.shape == (300, recogniser.width)
+
+
+def test_running_its_networks_leaves_nothing_in_the_home(tmp_path):
+    code = (
+        "import sys, numpy as np; from negfacediff_core.faces.embed import load_embedder\n"
+        "load_embedder(sys.argv[1]).embed(np.zeros((1, 112, 112, 3), np.uint8))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(PACK / "judge")], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

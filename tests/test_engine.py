@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from diffusion_reference import TINY_MODEL, randomised
 from negfacediff_core.diffusion.checkpoint import Generator
 from negfacediff_core.diffusion.engine import SamplerSettings, SamplingEngine
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder
-from negfacediff_core.diffusion.guidance import WEIGHTS, negative_guidance
+from negfacediff_core.diffusion.guidance import Term, guided, weight_over_time
 from negfacediff_core.diffusion.samplers import SAMPLERS, ddim
 from negfacediff_core.diffusion.schedule import linear
 from negfacediff_core.diffusion.unet import ConditionalUNet
@@ -42,10 +43,12 @@ def generator():
 
 @pytest.fixture(scope="module")
 def rows():
-    """Three identities with three, two and two images, each guided away from the next."""
+    """Three identities with three, two and two images, each guided away from the two others."""
     identities, replicates = np.array([0, 0, 0, 1, 1, 2, 2]), np.array([0, 1, 2, 0, 1, 5, 6])
     contexts = np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)
-    return contexts[identities], contexts[(identities + 1) % 3], identities, replicates
+    others = np.stack([(identities + 1) % 3, (identities + 2) % 3], axis=1)
+    shares = np.tile(np.float32([0.7, 0.3]), (7, 1))
+    return contexts[identities], contexts[others], shares, identities, replicates
 
 
 def take(rows, indices):
@@ -66,9 +69,15 @@ def test_images_are_those_of_the_formulas_applied_one_by_one(generator, rows):
     assert found.clipped.shape == (7,) and found.clipped.dtype == np.float32
     unet = generator.unet
     for i in (0, 4, 6):
-        context, negative = (unet.project_context(torch.from_numpy(column[i : i + 1])) for column in rows[:2])
-        eps_model = negative_guidance(unet, context, negative, WEIGHTS["constant"](0.5, 25))
-        x_T = gaussian(9, [rows[2][i]], [rows[3][i]], 25, (3, 8, 8))
+        context, *negatives = (
+            unet.project_context(torch.from_numpy(vector[None])) for vector in (rows[0][i], *rows[1][i])
+        )
+        terms = [
+            Term(negative, weight_over_time(0.5, 25), torch.tensor([share]))
+            for negative, share in zip(negatives, (0.7, 0.3), strict=True)
+        ]
+        eps_model = guided(unet, context, terms)
+        x_T = gaussian(9, [rows[3][i]], [rows[4][i]], 25, (3, 8, 8))
         decoded = generator.decoder(ddim(eps_model, x_T, generator.schedule, None, 4))
         difference = np.abs(found.images[i].astype(int) - to_uint8(decoded)[0].numpy().astype(int))
         assert (difference > 1).mean() < 0.01
@@ -95,21 +104,42 @@ def test_seed_identity_replicate_and_guidance_all_matter(generator, rows):
     one = take(rows, np.array([3]))
     engine = SamplingEngine(generator, SETTINGS)
     base = engine.sample(*one, seed=9).images
-    context, negative, identity, replicate = one
+    context, negative, share, identity, replicate = one
+    oneself = np.stack([context, context], axis=1)
     others = [
         engine.sample(*one, seed=10),
-        engine.sample(context, negative, identity + 1, replicate, 9),
-        engine.sample(context, negative, identity, replicate + 1, 9),
-        engine.sample(negative, negative, identity, replicate, 9),
-        engine.sample(context, context, identity, replicate, 9),
+        engine.sample(context, negative, share, identity + 1, replicate, 9),
+        engine.sample(context, negative, share, identity, replicate + 1, 9),
+        engine.sample(negative[:, 0], negative, share, identity, replicate, 9),
+        engine.sample(context, negative, share[:, ::-1].copy(), identity, replicate, 9),
+        engine.sample(context, oneself, share, identity, replicate, 9),
         SamplingEngine(generator, SamplerSettings(steps=4, w=0.0)).sample(
-            context, None, identity, replicate, 9
+            context, None, None, identity, replicate, 9
         ),
     ]
     for other in others:
         assert not np.array_equal(other.images, base)
     # pushing away from oneself is not pushing at all
-    assert_close(others[4], others[5])
+    assert_close(others[5], others[6])
+
+
+def test_every_setting_of_the_guidance_matters(rows):
+    generator = make_generator(learn_empty_context=True)
+    torch.nn.init.normal_(generator.unet.empty_context_embedding)
+    base = SamplerSettings(steps=4, w=3.0)
+    made = [
+        SamplingEngine(generator, replace(base, **settings)).sample(*rows, seed=9).images
+        for settings in (
+            {},
+            {"w": 1.0},
+            {"weight": "adaptive"},
+            {"weight": "piecewise", "curve": "0:1 0.5:1 0.5:0 1:0"},
+            {"cfg": 1.0},
+            {"interval": (0.5, 1.0)},
+        )
+    ]
+    for i, images in enumerate(made):
+        assert not any(np.array_equal(images, other) for other in made[:i]), i
 
 
 def test_every_distinct_vector_of_a_batch_is_projected_once_for_all_steps(generator, rows, monkeypatch):
@@ -142,7 +172,7 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(generator, rows, mon
 
     monkeypatch.setattr(ConditionalUNet, "forward", cramped)
     engine = SamplingEngine(generator, SETTINGS, batch_size=7)
-    # a pass holds positive and negative, so four rows are two images; 7 -> 3 -> 1
+    # a pass holds the positive and two negatives, so that four rows are one image; 7 -> 3 -> 1
     assert_close(engine.sample(*rows, seed=9), expected)
     assert engine.batch_size == 1
     limit = 1
@@ -160,7 +190,7 @@ def test_bfloat16_leaves_the_generator_alone_and_stays_near(generator, rows):
 def test_an_unconditional_generator_needs_no_contexts():
     generator = make_generator(is_context_conditional=False, condition_type="AdaGN")
     engine = SamplingEngine(generator, SamplerSettings(steps=2, w=0.0))
-    images = engine.sample(None, None, np.arange(2), np.zeros(2, np.int64), seed=1).images
+    images = engine.sample(None, None, None, np.arange(2), np.zeros(2, np.int64), seed=1).images
     assert images.shape == (2, 16, 16, 3) and not np.array_equal(images[0], images[1])
 
 
@@ -179,19 +209,21 @@ def test_no_rows_give_no_images(generator, rows):
 
 def test_rows_that_do_not_fit_are_refused(generator, rows):
     engine = SamplingEngine(generator, SETTINGS)
-    contexts, negatives, identities, replicates = rows
+    contexts, negatives, shares, identities, replicates = rows
     nan = contexts.copy()
     nan[4, 2] = np.nan
     for columns, message in (
-        ((contexts[:, :8], negatives, identities, replicates), r"contexts have shape \(7, 8\).*\(7, 16\)"),
-        ((contexts, negatives[:3], identities, replicates), r"negatives have shape \(3, 16\)"),
-        ((contexts, negatives, identities, replicates[:3]), "7 identities and 3 replicates"),
-        ((nan, negatives, identities, replicates), "contexts hold NaN or infinity, first for identity 1"),
-        ((contexts, None, identities, replicates), "weight is 0.5 but no negatives"),
-        ((None, negatives, identities, replicates), "without contexts"),
+        ((contexts[:, :8], negatives, shares), r"contexts have shape \(7, 8\).*\(7, 16\)"),
+        ((contexts, negatives[:3], shares), r"negatives have shape \(3, 2, 16\)"),
+        ((contexts, negatives, shares[:, :1]), r"shares have shape \(7, 1\).*\(7, 2\)"),
+        ((contexts, negatives, shares, identities, replicates[:3]), "7 identities and 3 replicates"),
+        ((nan, negatives, shares), "contexts hold NaN or infinity, first for identity 1"),
+        ((contexts, None, None), "weight is 0.5 but no negatives"),
+        ((contexts, negatives, None), "Negatives and their shares"),
+        ((None, negatives, shares), "without contexts"),
     ):
         with pytest.raises(ContextsError, match=message):
-            engine.sample(*columns, seed=9)
+            engine.sample(*columns, *(identities, replicates)[len(columns) - 3 :], seed=9)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +231,8 @@ def test_rows_that_do_not_fit_are_refused(generator, rows):
     [
         (SamplerSettings(sampler="euler"), {}, "sampler is 'euler'.*ddim, ddpm, dpm_solver"),
         (SamplerSettings(weight="linear"), {}, "weight is 'linear'.*adaptive"),
+        (SamplerSettings(weight="piecewise"), {}, "curve of the weight is ''"),
+        (SamplerSettings(cfg=1.0), {}, "weight 1 needs a generator that learned an empty context"),
         (SETTINGS, {"precision": "fp8"}, "precision is 'fp8'.*fp32, bf16"),
         (SETTINGS, {"batch_size": -1}, "batch_size is -1"),
     ],

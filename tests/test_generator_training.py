@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfacediff_core.contexts import SOURCES, load_contexts, load_identities, normalise
+from negfacediff_core.contexts import normalise
 from negfacediff_core.diffusion.checkpoint import load_generator
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder, VQEncoder
 from negfacediff_core.diffusion.train import (
@@ -32,12 +32,10 @@ from negfacediff_core.diffusion.training_set import (
     ContextDraws,
     TrainingSet,
     draw_batch,
-    embed_images,
     encode_latents,
     identity_means,
 )
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
-from negfacediff_core.pack import RENDER_SETS, prepare_contexts, prepare_latents, write_context_sources
 
 WIDTH = 32
 ARCHITECTURE = FirstStageSettings(ch=32, ch_mult=(1, 1), num_res_blocks=0, n_embed=32)
@@ -275,56 +273,3 @@ def test_learning_rate_rises_then_falls():
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.01, abs=0.01)
-
-
-class CountingEmbedder:
-    """Means of colour over a 4x4 grid as "embeddings"; counts the crops that it saw."""
-
-    sha256, input_size, width = "0" * 64, 112, 48
-
-    def __init__(self):
-        self.seen = 0
-
-    def embed(self, crops, flip=False):
-        self.seen += len(crops)
-        return (
-            crops.reshape(len(crops), 4, 28, 4, 28, 3).mean((2, 4)).reshape(len(crops), -1).astype("f4") + 1
-        )
-
-
-LANDMARKS = np.array([[5.5, 7.4], [10.5, 7.4], [8.0, 10.2], [5.9, 13.2], [10.1, 13.2]], np.float32)
-
-
-def test_contexts_are_made_once(images, tmp_path):
-    landmarks = np.broadcast_to(LANDMARKS, (6, 4, 5, 2))
-    embedder = CountingEmbedder()
-    made, read = (prepare_contexts(images, landmarks, embedder, tmp_path) for _ in range(2))
-    assert embedder.seen == 24
-    np.testing.assert_array_equal(made, read)
-    np.testing.assert_allclose(np.linalg.norm(made, axis=2), 1, atol=1e-6)
-
-
-def test_latents_are_made_anew_for_other_weights(images, first_stage, tmp_path):
-    encoder, _, _ = load_first_stage(first_stage)
-    made, read = (prepare_latents(images, encoder, tmp_path) for _ in range(2))
-    assert torch.equal(made, read)
-    assert made.shape == (6, 4, 2, 3, 8, 8)
-    with torch.no_grad():
-        encoder.quant_conv.bias.add_(1)
-    torch.testing.assert_close(prepare_latents(images, encoder, tmp_path), made + 1, atol=0.05, rtol=0)
-
-
-def test_context_sources_load_and_draw(images, tmp_path):
-    embeddings = embed_images(CountingEmbedder(), images, np.broadcast_to(LANDMARKS, (6, 4, 5, 2)))
-    facts = write_context_sources(tmp_path, embeddings, np.arange(50, 56), embeddings)
-    held_out = load_contexts(tmp_path / "heldout.npz")
-    assert held_out.names == tuple(f"render-{number}" for number in range(50, 56))
-    np.testing.assert_allclose(np.linalg.norm(held_out.contexts, axis=1), 1, atol=1e-6)
-    assert load_identities(tmp_path / "reference.npz").shrinkage == pytest.approx(facts["shrinkage"])
-    drawn = SOURCES["fitted"](0, np.arange(3), 48, tmp_path / "reference.npz")
-    assert drawn.shape == (3, 48)
-
-
-def test_render_sets_share_no_identity():
-    ranges = [settings.identities for settings in RENDER_SETS.values()]
-    assert sum(map(len, ranges)) == len(set().union(*ranges))

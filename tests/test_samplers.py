@@ -3,13 +3,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
 from diffusion_reference import DATA, reference, reference_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from negfacediff_core.diffusion.guidance import WEIGHTS, negative_guidance
-from negfacediff_core.diffusion.samplers import SAMPLERS, ddim, ddim_timesteps, ddpm, dpm_solver
+from negfacediff_core.diffusion.guidance import WEIGHTS, Term, guided, weight_over_time
+from negfacediff_core.diffusion.samplers import (
+    SAMPLERS,
+    ddim,
+    ddim_timesteps,
+    ddpm,
+    dpm_solver,
+    dpm_solver_2s,
+)
 from negfacediff_core.diffusion.schedule import cosine, linear, schedule_from_config
 from negfacediff_core.errors import ConfigError
 
@@ -21,10 +28,10 @@ def no_noise(t):
     raise AssertionError(f"noise was asked for at t = {t}")
 
 
-def guided(file, unet, kind, w, T, negative=True):
-    context = unet.project_context(file.arrays["context"])
-    other = unet.project_context(file.arrays["negative_context"]) if negative else None
-    return negative_guidance(unet, context, other, WEIGHTS[WEIGHT_NAMES[kind]](w, T))
+def away_from_the_negative(file, unet, kind, w, T):
+    context, negative = (unet.project_context(file.arrays[name]) for name in ("context", "negative_context"))
+    weight = weight_over_time(w, T, WEIGHTS[WEIGHT_NAMES[kind]])
+    return guided(unet, context, [Term(negative, weight, torch.ones(len(file.arrays["context"])))])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -55,7 +62,7 @@ def test_ddim_equals_the_reference(steps, kind):
     unet = reference_unet(file)
     for form, alpha in (("reference", "paper"), ("textbook", "exact")):
         for w in (0.0, 0.5, 1.0) if steps == 10 and kind == "const" else (1.0,):
-            eps_model = guided(file, unet, kind, w, 1000)
+            eps_model = away_from_the_negative(file, unet, kind, w, 1000)
             found = ddim(eps_model, file.arrays["x_T"], linear(1000), no_noise, steps, ddim_alpha=alpha)
             expected = file.arrays[f"x0/{form}/steps{steps}/w{w}/{kind}"]
             assert torch.allclose(found, expected, rtol=0, atol=1e-4), (form, w)
@@ -65,7 +72,7 @@ def test_ddim_equals_the_reference(steps, kind):
 def test_ddim_visits_the_reference_trajectory_with_and_without_noise():
     file = reference("ddim_T1000")
     unet, x_T = reference_unet(file), file.arrays["x_T"]
-    eps_model = guided(file, unet, "const", 0.5, 1000)
+    eps_model = away_from_the_negative(file, unet, "const", 0.5, 1000)
     visited = []
     ddim(
         eps_model,
@@ -93,7 +100,7 @@ def ddpm_reference(name, weights, schedule, kinds):
     unet = reference_unet(reference(weights))
     noise = dict(zip(file.arrays["z_t"].tolist(), file.arrays["z"], strict=True))
     for w, kind in kinds:
-        eps_model = guided(file, unet, kind, w, schedule.T)
+        eps_model = away_from_the_negative(file, unet, kind, w, schedule.T)
         yield (
             ddpm(eps_model, file.arrays["x_T"], schedule, noise.__getitem__, "paper"),
             file.arrays[f"x0/reference/w{w}/{kind}"],
@@ -138,7 +145,7 @@ def gaussian_eps(schedule, mean, deviation):
     return eps_model
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver", "dpm_solver_2s"])
 @pytest.mark.parametrize("schedule", [linear(1000), cosine(1000)], ids=["linear", "cosine"])
 def test_deterministic_samplers_carry_noise_to_gaussian_data(sampler, schedule):
     # the probability flow keeps every point at its quantile of the moving normal distribution
@@ -203,15 +210,19 @@ def test_ddim_equals_diffusers(steps):
     assert torch.allclose(ddim(wavy_eps, start, linear(1000), no_noise, steps), x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("steps", [5, 15, 27])
-def test_dpm_solver_equals_diffusers(steps):
-    theirs = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear", final_sigmas_type="zero")
+@pytest.mark.parametrize("steps", [1, 2, 5, 15, 20, 27])
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [(dpm_solver, DPMSolverMultistepScheduler), (dpm_solver_2s, DPMSolverSinglestepScheduler)],
+)
+def test_dpm_solvers_equal_diffusers(sampler, scheduler, steps):
+    theirs = scheduler(1000, 1e-4, 0.02, "linear", solver_order=2, final_sigmas_type="zero")
     theirs.set_timesteps(steps)
     start = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     x, visited = start, []
     for t in theirs.timesteps:
         x = theirs.step(wavy_eps(x, int(t)), t, x).prev_sample
-    found = dpm_solver(
+    found = sampler(
         wavy_eps, start, linear(1000), no_noise, steps, callback=lambda done, t, x: visited.append(t)
     )
     assert visited == theirs.timesteps.tolist()
@@ -233,13 +244,13 @@ def test_published_spacing_leads_and_may_take_more_steps():
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
-@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver", "dpm_solver_2s"])
 def test_impossible_numbers_of_steps_are_refused(sampler, steps):
     with pytest.raises(ConfigError, match=f"{steps} steps"):
         SAMPLERS[sampler].sample(wavy_eps, torch.zeros(1), linear(1000), no_noise, steps=steps)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm_solver", "dpm_solver_2s"])
 def test_the_table_knows_the_most_steps(sampler):
     sample, _, most_steps = SAMPLERS[sampler]
     most = most_steps(50)

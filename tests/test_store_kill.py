@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_store import commit, make_spec
+from small_stage import commit, make_spec
 
 from negfacediff_core.store import faults, records, shards
 

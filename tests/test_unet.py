@@ -10,14 +10,29 @@ CONDITIONAL = ["unet_tiny_ca", "unet_tiny_adagn", "unet_tiny_addplusgn", "unet_t
 TOLERANCE = 3e-5
 
 
-@pytest.mark.parametrize("name", ["unet_manifest_ca", "unet_manifest_adagn", "unet_manifest_uncond_adagn"])
+PARAMETERS = {
+    "unet_manifest_ca": 216_341_187,
+    "unet_manifest_ca_cpd25": 216_341_187,
+    "unet_manifest_ca_cpd50": 216_341_187,
+    "unet_manifest_adagn": 134_595_939,
+    "unet_manifest_uncond_adagn": 132_392_163,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_full_size_state_dict_is_that_of_the_release(name):
     expected = manifest(name)
     with torch.device("meta"):
         unet = ConditionalUNet(**expected["model_config"])
     keys = [row for row in expected["keys"] if row[0].startswith("eps_model.")]
     assert described(unet, "eps_model.") == keys
-    assert sum(parameter.numel() for parameter in unet.parameters()) == expected["unet_param_count"]
+    found = sum(parameter.numel() for parameter in unet.parameters())
+    assert found == PARAMETERS[name] == expected["unet_param_count"]
+
+
+@pytest.mark.parametrize("share", [25, 50])
+def test_contextual_partial_dropout_adds_no_keys(share):
+    assert manifest(f"unet_manifest_ca_cpd{share}")["keys"] == manifest("unet_manifest_ca")["keys"]
 
 
 @pytest.mark.parametrize("name", [*CONDITIONAL, "unet_tiny_uncond_adagn"])
@@ -92,6 +107,51 @@ def test_contextual_partial_dropout_acts_in_training_only():
     assert not torch.allclose(unet(x, t, context), unet(x, t, context), atol=1e-4)
 
 
+def class_network(condition, **options):
+    return randomised(ConditionalUNet(**TINY_MODEL, condition_type=condition, n_context_classes=4, **options))
+
+
+@pytest.mark.parametrize("condition", sorted(MODULATIONS))
+def test_a_class_is_a_one_hot_vector(condition):
+    classes = class_network(condition)
+    assert classes.context_emb.weight.shape == (4, 32)
+    assert (classes.context_classes, classes.context_width) == (4, 0)
+    weights = classes.state_dict()
+    weights["context_emb.weight"] = weights["context_emb.weight"].T
+    vectors = ConditionalUNet(**TINY_MODEL | {"context_input_channels": 4}, condition_type=condition)
+    vectors.load_state_dict(weights | {"context_emb.bias": torch.zeros(32)})
+    x, t, labels = torch.randn(3, 3, 8, 8), torch.tensor([5, 500, 999]), torch.tensor([2, 0, 3])
+    one_hot = torch.nn.functional.one_hot(labels, 4).float()
+    with torch.inference_mode():
+        assert torch.allclose(classes(x, t, labels), vectors.eval()(x, t, one_hot), rtol=0, atol=1e-6)
+
+
+# What stands for "no context" must be what a context does that is embedded as the learned vector, or as zero.
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("classes", [0, 4])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_empty_context_is_the_embedded_vector_or_zero(learned, classes, training):
+    options = {"n_context_classes": classes, "learn_empty_context": learned}
+    # in training every component of an embedded context is dropped, but none of the empty one
+    unet = randomised(ConditionalUNet(**TINY_MODEL, **options, context_dropout_probability=float(training)))
+    empty = unet.empty_context_embedding.detach() if learned else torch.zeros(32)
+    other = randomised(ConditionalUNet(**TINY_MODEL, **options))
+    contexts = torch.tensor([1, 2, 1]) if classes else torch.randn(3, 16)
+    dropped = torch.full_like(contexts, 3) if classes else torch.zeros_like(contexts)
+    with torch.no_grad():
+        if classes:
+            other.context_emb.weight[3] = empty
+        else:
+            other.context_emb.bias.copy_(empty)
+    x, t, mask = torch.randn(3, 3, 8, 8), torch.tensor([5, 500, 999]), torch.tensor([False, True, False])
+    unet.train(training)
+    with torch.inference_mode():
+        masked, none, expected = unet(x, t, contexts, mask), unet(x, t), other(x, t, dropped)
+    assert torch.allclose(none, expected, rtol=0, atol=1e-5)
+    assert torch.allclose(masked[1], expected[1], rtol=0, atol=1e-5)
+    assert torch.allclose(masked[0], expected[0], rtol=0, atol=1e-5) == (training and not learned)
+
+
 def test_a_bfloat16_network_takes_and_gives_float32():
     unet = randomised(ConditionalUNet(**TINY_MODEL))
     x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([777]), torch.randn(2, 16)
@@ -109,7 +169,14 @@ def test_a_bfloat16_network_takes_and_gives_float32():
         ({"is_attention": (True,)}, "2 levels and model.is_attention has 1"),
         ({"initial_channels": 48}, "initial_channels is 48.*multiple of 32"),
         ({"context_channels": 20}, "context_channels is 20.*multiple of 32"),
-        ({"n_context_classes": 10}, "n_context_classes is 10"),
+        ({"n_context_classes": -1}, "n_context_classes is -1.*from 0 to"),
+        ({"n_context_classes": 2.5}, r"n_context_classes is 2\.5"),
+        ({"channel_multipliers": (1, 0)}, r"channel_multipliers\[1\] is 0"),
+        ({"channel_multipliers": 2}, "channel_multipliers is 2.*list"),
+        ({"is_attention": (False, "no")}, r"is_attention\[1\] is 'no'.*true or false"),
+        ({"attention_heads": 3}, "attention_heads is 3.*64 channels"),
+        ({"attention_head_channels": 128}, "64 channels cannot be split"),
+        ({"context_dropout_probability": 2}, "context_dropout_probability is 2.*from 0 to 1"),
     ],
 )
 def test_impossible_configurations_are_refused(wrong, message):
@@ -121,6 +188,17 @@ def test_contexts_that_do_not_fit_are_refused():
     unet = ConditionalUNet(**TINY_MODEL)
     with pytest.raises(ContextsError, match=r"\(N, 16\), not \(2, 512\)"):
         unet.project_context(torch.zeros(2, 512))
+    with pytest.raises(ContextsError, match=r"floating-point.*not \(2, 16\) of torch\.int64"):
+        unet.project_context(torch.zeros(2, 16, dtype=torch.int64))
+    classes = class_network("CA")
+    for wrong in (torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
+        with pytest.raises(ContextsError, match=r"expects classes, int64 of shape \(N,\), not"):
+            classes.project_context(wrong)
+    for number in (-1, 4):
+        with pytest.raises(
+            ContextsError, match=f"Class {number} is not in the generator: its 4 classes are 0"
+        ):
+            classes.project_context(torch.tensor([0, number]))
     unconditional = ConditionalUNet(**TINY_MODEL, is_context_conditional=False)
     with pytest.raises(ContextsError, match="unconditional"):
         unconditional.project_context(torch.zeros(2, 16))

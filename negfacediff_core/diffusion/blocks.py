@@ -35,11 +35,14 @@ class ProjectedContext:
         """Gather contexts by `(N,)` int64 `indices`, as many times as they occur."""
         return ProjectedContext({name: tuple(p[indices] for p in part) for name, part in self.parts.items()})
 
-    def concat(self, other: "ProjectedContext") -> "ProjectedContext":
-        """Stack the contexts of `other` below these."""
-        pairs = {name: zip(part, other.parts[name], strict=True) for name, part in self.parts.items()}
+    def concat(self, *others: "ProjectedContext") -> "ProjectedContext":
+        """Stack the contexts of `others` below these."""
+        stacks = {
+            name: zip(part, *(other.parts[name] for other in others), strict=True)
+            for name, part in self.parts.items()
+        }
         return ProjectedContext(
-            {name: tuple(torch.cat(pair) for pair in both) for name, both in pairs.items()}
+            {name: tuple(torch.cat(stack) for stack in parts) for name, parts in stacks.items()}
         )
 
 

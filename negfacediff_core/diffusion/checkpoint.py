@@ -4,12 +4,13 @@ FOLDER/.hydra/config.yaml                        constants, latent_diffusion, di
 FOLDER/checkpoints/ema_averaged_model.ckpt       or ema_averaged_model_<step>.ckpt, or model.ckpt
 FOLDER/first_stage_decoder_state_dict.pt         or under checkpoints/
 FOLDER/first_stage_encoder_state_dict.pt         likewise; only training needs it
+FOLDER/first_stage.ckpt                          in place of these two: a checkpoint of latent diffusion
+
+Each may be a `.safetensors` file instead; where both stand, the one named above is taken.
 """
 
-import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,21 +27,30 @@ from negfacediff_core.diffusion.release_config import (
     side_of_images,
 )
 from negfacediff_core.diffusion.schedule import NoiseSchedule, schedule_from_config
+from negfacediff_core.diffusion.state_dicts import (
+    UNET_PREFIX,
+    check_fit,
+    read_first_stage,
+    read_state_dict,
+    unet_weights,
+)
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError, WeightsError
-from negfacediff_core.tensor_files import read_tensors
-
-UNET_PREFIX = "eps_model."
+from negfacediff_core.tensor_files import replacing, write_tensors
 
 Module = TypeVar("Module", bound=nn.Module)
+
+SUFFIXES = {"unet": (".ckpt", ".safetensors"), "first stage": (".pt", ".safetensors")}
+WHOLE_FIRST_STAGE = ("first_stage.ckpt", "first_stage.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
 class Generator:
     """A loaded generator: networks in evaluation mode on one device, and what a caller must know of them.
 
-    `latent_shape` is (channels, height, width); `context_width` the length of an identity context, 0 for an
-    unconditional generator; `image_size` the side of its square images. `encoder` is None unless asked for.
+    `latent_shape` is (channels, height, width); `context_width` the length of an identity context, 0 where
+    the generator takes no vectors (it is unconditional, or its contexts are classes); `image_size` the side
+    of its square images. `encoder` is None unless asked for.
     """
 
     unet: ConditionalUNet
@@ -53,6 +63,23 @@ class Generator:
     folder: Path
 
 
+@dataclass(frozen=True, eq=False)
+class Release:
+    """What the configuration of a release folder describes: the networks have shapes but no weights yet.
+
+    `unet`, `decoder` and `encoder` are on the meta device; `latent_shape` and `image_size` as in `Generator`.
+    """
+
+    folder: Path
+    config: Mapping[str, Mapping[str, Any]]
+    schedule: NoiseSchedule
+    unet: ConditionalUNet
+    decoder: VQDecoder
+    encoder: VQEncoder
+    latent_shape: tuple[int, int, int]
+    image_size: int
+
+
 def load_generator(
     folder: str | Path, device: torch.device | str = "cpu", with_encoder: bool = False
 ) -> Generator:
@@ -61,28 +88,74 @@ def load_generator(
     Raises `WeightsError` for missing, damaged or mismatching files, naming the first keys that are missing,
     unknown or of another shape, and `ConfigError` for a configuration that cannot be built.
     """
-    folder = Path(folder)
-    files = weight_files(folder)
+    weight_files(folder)  # what is missing is said before anything is read
+    release = open_release(folder)
+    encoder = None
+    if with_encoder:
+        encoder = fill(release.encoder, read_weights(release, "encoder"), device)
+    return Generator(
+        unet=fill(release.unet, read_weights(release, "unet"), device),
+        schedule=release.schedule,
+        decoder=fill(release.decoder, read_weights(release, "decoder"), device),
+        encoder=encoder,
+        latent_shape=release.latent_shape,
+        context_width=release.unet.context_width,
+        image_size=release.image_size,
+        folder=release.folder,
+    )
+
+
+def open_release(folder: str | Path) -> Release:
+    """Read the configuration of a release folder and lay out its networks; no weights are read.
+
+    Raises `WeightsError` where there is no configuration, `ConfigError` for one that cannot be built.
+    """
     config = read_config(folder)
     schedule = schedule_from_config(config["diffusion"])
     settings = first_stage_settings(config)
+    with torch.device("meta"):
+        unet = _build_unet(config["model"])
+        decoder, encoder = VQDecoder(settings), VQEncoder(settings)
+    if unet.input_channels != settings.embed_dim:
+        raise ConfigError(
+            f"{CONFIG_FILE}: model.input_channels is {unet.input_channels}, but the first stage's latents "
+            f"have {settings.embed_dim} channels; one of the two belongs to another release."
+        )
     size = side_of_images(config, settings)
-    unet = _load(lambda: _build_unet(config["model"]), files["unet"], device, schedule)
-    decoder = _load(lambda: VQDecoder(settings), files["decoder"], device)
-    encoder = None
-    if with_encoder:
-        encoder = _load(lambda: VQEncoder(settings), _first_stage_file(folder, "encoder"), device)
-    latent_side = size // settings.downsampling
-    return Generator(
-        unet=unet,
+    side = size // settings.downsampling
+    return Release(
+        folder=Path(folder),
+        config=config,
         schedule=schedule,
+        unet=unet,
         decoder=decoder,
         encoder=encoder,
-        latent_shape=(unet.input_channels, latent_side, latent_side),
-        context_width=unet.context_width if unet.is_context_conditional else 0,
+        latent_shape=(unet.input_channels, side, side),
         image_size=size,
-        folder=folder,
     )
+
+
+def read_weights(release: Release, role: str) -> dict[str, Tensor]:
+    """Read the weights of `unet`, `decoder` or `encoder` as they are stored, once they fit that network.
+
+    Raises `WeightsError` for a missing or damaged file and for keys that do not fit.
+    """
+    path = weight_file(release.folder, role)
+    if role == "unet":
+        state = unet_weights(read_state_dict(path), release.schedule, path)
+    elif path.name in WHOLE_FIRST_STAGE:
+        state = read_first_stage(path, role)
+    else:
+        state = read_state_dict(path)
+    check_fit(getattr(release, role), state, path)
+    return state
+
+
+def fill(module: Module, state: Mapping[str, Tensor], device: torch.device | str) -> Module:
+    """Give a network on the meta device its weights, in float32 on `device`, and make it ready to use."""
+    module = module.to_empty(device=device)
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)
 
 
 def save_generator(
@@ -122,10 +195,9 @@ def save_generator(
         folder / "first_stage_encoder_state_dict.pt": _stored(encoder, dtype),
     }
     for path, state in states.items():
-        with _replacing(path) as temporary:
-            torch.save(state, temporary)
-    with _replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+        write_tensors(path, state)
+    with replacing(folder / CONFIG_FILE) as file:
+        file.write(yaml.safe_dump(config, sort_keys=False).encode())
 
 
 def weight_files(folder: str | Path) -> dict[str, Path]:
@@ -139,26 +211,15 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
             f"There is no generator at {folder}: {CONFIG_FILE} is missing. Give the folder of a release, "
             f"which holds {CONFIG_FILE}, checkpoints/ and the first stage's state dicts."
         )
-    return {
-        "config": folder / CONFIG_FILE,
-        "unet": _unet_file(folder),
-        "decoder": _first_stage_file(folder, "decoder"),
+    return {"config": folder / CONFIG_FILE} | {
+        role: weight_file(folder, role) for role in ("unet", "decoder")
     }
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a flat dict of tensors. Raises `WeightsError` for anything else; never runs code from the file."""
-    try:
-        state = read_tensors(path, "cpu")
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} is damaged or holds more than tensors and was not loaded. Bring a state dict of tensors."
-        ) from error
-    except Exception as error:  # torch raises a dozen unrelated types for a damaged file
-        raise WeightsError(f"{path} cannot be read: it is damaged or incomplete. Fetch it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} does not hold a flat state dict (names to tensors).")
-    return state
+def weight_file(folder: str | Path, role: str) -> Path:
+    """The file with the weights of `unet`, `decoder` or `encoder`. Raises `WeightsError` if there is none."""
+    folder = Path(folder)
+    return _unet_file(folder) if role == "unet" else _first_stage_file(folder, role)
 
 
 def _build_unet(model: Mapping[str, Any]) -> ConditionalUNet:
@@ -174,93 +235,33 @@ def _build_unet(model: Mapping[str, Any]) -> ConditionalUNet:
 
 def _unet_file(folder: Path) -> Path:
     checkpoints = folder / "checkpoints"
-
-    def step(path: Path) -> int:
-        found = re.fullmatch(r"ema_averaged_model_(\d+)\.ckpt", path.name)
-        return int(found[1]) if found else -1
-
-    numbered = sorted((path for path in checkpoints.glob("*.ckpt") if step(path) >= 0), key=step)
-    for path in (checkpoints / "ema_averaged_model.ckpt", *numbered[-1:], checkpoints / "model.ckpt"):
-        if path.is_file():
-            return path
+    numbered = {
+        int(found[1]): path.stem
+        for path in checkpoints.glob("ema_averaged_model_*")
+        if (found := re.fullmatch(r"ema_averaged_model_(\d+)", path.stem)) and path.suffix in SUFFIXES["unet"]
+    }
+    last = [numbered[max(numbered)]] if numbered else []
+    for name in ("ema_averaged_model", *last, "model"):
+        for suffix in SUFFIXES["unet"]:
+            if (path := checkpoints / (name + suffix)).is_file():
+                return path
     raise WeightsError(
         f"{checkpoints} holds no weights: put ema_averaged_model.ckpt, ema_averaged_model_<step>.ckpt or "
-        "model.ckpt there."
+        "model.ckpt there (or the same as .safetensors)."
     )
 
 
 def _first_stage_file(folder: Path, part: str) -> Path:
-    name = f"first_stage_{part}_state_dict.pt"
-    for path in (folder / name, folder / "checkpoints" / name):
-        if path.is_file():
-            return path
-    raise WeightsError(f"{folder} holds no {name}: put the first stage's {part} there or under checkpoints/.")
-
-
-def _load(
-    build: Callable[[], Module], path: Path, device: torch.device | str, schedule: NoiseSchedule | None = None
-) -> Module:
-    """Build a network without initialising it and fill it from a state dict that must match exactly."""
-    state = read_state_dict(path)
-    if schedule is not None:
-        state = _without_schedule(state, schedule, path)
-    with torch.device("meta"):
-        module = build()
-    _check_keys(module, state, path)
-    module = module.to_empty(device=device)
-    module.load_state_dict(state)
-    return module.eval().requires_grad_(False)
-
-
-def _without_schedule(state: dict[str, Tensor], schedule: NoiseSchedule, path: Path) -> dict[str, Tensor]:
-    """Take the network's keys out of a checkpoint that holds the schedule's constants beside them.
-
-    Some releases hold the network's keys alone, without their prefix; those pass unchanged.
-    """
-    if not any(key.startswith(UNET_PREFIX) for key in state):
-        return state
-    constants = schedule.buffers()
-    configured = constants["alpha_bars"]
-    stored = state.get("alpha_bars", configured).float()
-    if stored.shape != configured.shape or not torch.allclose(stored, configured, atol=1e-5):
-        raise WeightsError(
-            f"{path} was trained with another noise schedule than {CONFIG_FILE} says: its alpha_bars differ. "
-            "Correct diffusion.T or diffusion.schedule_type."
-        )
-    return {key.removeprefix(UNET_PREFIX): value for key, value in state.items() if key not in constants}
-
-
-def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    expected = module.state_dict()
-    misshaped = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    problems = [
-        f"{len(found)} {title} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for title, found in (
-            ("missing", [key for key in expected if key not in state]),
-            ("unknown", [key for key in state if key not in expected]),
-            ("of another shape", misshaped),
-        )
-        if found
-    ]
-    if problems:
-        raise WeightsError(
-            f"The keys of {path} do not fit the {type(module).__name__} that {CONFIG_FILE} describes: "
-            f"{'; '.join(problems)}."
-        )
+    name = f"first_stage_{part}_state_dict"
+    for file in (*(name + suffix for suffix in SUFFIXES["first stage"]), *WHOLE_FIRST_STAGE):
+        for path in (folder / file, folder / "checkpoints" / file):
+            if path.is_file():
+                return path
+    raise WeightsError(
+        f"{folder} holds no {name}.pt: put the first stage's {part} there or under checkpoints/ (or as "
+        f".safetensors, or a whole autoencoder as {WHOLE_FIRST_STAGE[0]})."
+    )
 
 
 def _stored(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.detach().to("cpu", dtype).clone() for key, value in module.state_dict().items()}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` once its contents are written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    yield temporary
-    temporary.replace(path)

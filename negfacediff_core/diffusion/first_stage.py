@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negfacediff_core.diffusion.checks import MOST_BLOCKS, MOST_CHANNELS, MOST_ENTRIES, check_whole
 from negfacediff_core.errors import ConfigError
+
+NORM_GROUPS = 32
 
 # distances held at once in the codebook search: 2^22 float32 values are 16 MiB
 SEARCH_BLOCK = 1 << 22
@@ -41,10 +44,12 @@ class FirstStageSettings:
     def from_config(cls, config: Mapping[str, Any]) -> "FirstStageSettings":
         """Read `{embed_dim, n_embed, ddconfig: {...}}`, the `params` of a CompVis first-stage configuration.
 
-        Raises `ConfigError` for what this autoencoder does not have: attention at chosen resolutions,
-        `double_z`.
+        Raises `ConfigError` for sizes that cannot be built, and for what this autoencoder does not have:
+        attention at chosen resolutions, `double_z`, images that are not RGB.
         """
-        ddconfig = dict(config.get("ddconfig", {}))
+        ddconfig = config.get("ddconfig", {})
+        if not isinstance(ddconfig, Mapping):
+            raise ConfigError(f"First stage: ddconfig is {ddconfig!r}; it must hold the autoencoder's sizes.")
         for key in ("attn_resolutions", "double_z"):
             if ddconfig.get(key):
                 raise ConfigError(
@@ -52,14 +57,32 @@ class FirstStageSettings:
                 )
         known = {key: ddconfig[key] for key in cls.__dataclass_fields__ if key in ddconfig}
         known |= {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
-        if "ch_mult" in known:
-            known["ch_mult"] = tuple(known["ch_mult"])
-        settings = cls(**known)
-        if settings.ch <= 0 or settings.ch % 32:
+        multipliers = known.get("ch_mult", cls.ch_mult)
+        if not isinstance(multipliers, list | tuple) or not multipliers:
             raise ConfigError(
-                f"First stage: ddconfig.ch is {settings.ch}; it must be a positive multiple of 32."
+                f"First stage: ddconfig.ch_mult is {multipliers!r}; it must be a list with one entry a level."
             )
+        settings = cls(**known | {"ch_mult": tuple(multipliers)})
+        settings._check()
         return settings
+
+    def _check(self) -> None:
+        check_whole("First stage: ddconfig.ch", self.ch, lowest=NORM_GROUPS, step=NORM_GROUPS)
+        for level, multiplier in enumerate(self.ch_mult):
+            check_whole(
+                f"First stage: ddconfig.ch_mult[{level}]", multiplier, highest=MOST_CHANNELS // self.ch
+            )
+        check_whole(
+            "First stage: ddconfig.num_res_blocks", self.num_res_blocks, lowest=0, highest=MOST_BLOCKS
+        )
+        check_whole("First stage: ddconfig.z_channels", self.z_channels)
+        check_whole("First stage: embed_dim", self.embed_dim)
+        check_whole("First stage: n_embed", self.n_embed, highest=MOST_ENTRIES)
+        if (self.in_channels, self.out_ch) != (3, 3):
+            raise ConfigError(
+                f"First stage: ddconfig.in_channels is {self.in_channels!r} and ddconfig.out_ch "
+                f"{self.out_ch!r}; images here are RGB: both must be 3."
+            )
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of `from_config`, in plain types."""
@@ -69,7 +92,7 @@ class FirstStageSettings:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

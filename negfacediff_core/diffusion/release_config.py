@@ -7,10 +7,12 @@ from typing import Any
 
 import yaml
 
+from negfacediff_core.diffusion.checks import check_whole
 from negfacediff_core.diffusion.first_stage import FirstStageSettings
 from negfacediff_core.errors import ConfigError, WeightsError
 
 CONFIG_FILE = Path(".hydra/config.yaml")
+LARGEST_IMAGE = 4096
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -25,17 +27,14 @@ def read_config(folder: str | Path) -> dict[str, dict[str, Any]]:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise WeightsError(f"There is no generator at {folder}: {CONFIG_FILE} is missing.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    sections: dict[str, dict[str, Any]] = {}
-    for name in ("constants", "diffusion", "model"):
-        section = tree.get(name) if isinstance(tree, dict) else None
-        if not isinstance(section, dict):
-            raise ConfigError(f"{path} has no section {name!r}; a generator's configuration needs it.")
-        sections[name] = _resolve(section, tree, path, ())
-    latent = tree.get("latent_diffusion")
-    sections["latent_diffusion"] = _resolve(latent, tree, path, ()) if isinstance(latent, dict) else {}
-    return sections
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return _sections(tree, path)
+    except RecursionError:
+        raise ConfigError(f"{path} is nested without end: one of its values holds itself.") from None
 
 
 def first_stage_settings(config: Config) -> FirstStageSettings:
@@ -49,15 +48,24 @@ def first_stage_settings(config: Config) -> FirstStageSettings:
 
 def side_of_images(config: Config, settings: FirstStageSettings) -> int:
     """Side of the generator's images in pixels. Raises `ConfigError` where the networks cannot make it."""
-    size = config["constants"].get("image_size")
+    size: Any = config["constants"].get("image_size")
     # the first stage and the levels of the U-Net each halve the side
     levels = len(config["model"].get("channel_multipliers", (1, 2, 2, 2)))
     step = settings.downsampling * 2 ** (levels - 1)
-    if not isinstance(size, int) or size <= 0 or size % step:
-        raise ConfigError(
-            f"{CONFIG_FILE}: constants.image_size is {size!r}; it must be a positive multiple of {step}."
-        )
+    check_whole(f"{CONFIG_FILE}: constants.image_size", size, lowest=step, highest=LARGEST_IMAGE, step=step)
     return size
+
+
+def _sections(tree: Any, path: Path) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for name in ("constants", "diffusion", "model"):
+        section = tree.get(name) if isinstance(tree, dict) else None
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path} has no section {name!r}; a generator's configuration needs it.")
+        sections[name] = _resolve(section, tree, path, ())
+    latent = tree.get("latent_diffusion")
+    sections["latent_diffusion"] = _resolve(latent, tree, path, ()) if isinstance(latent, dict) else {}
+    return sections
 
 
 def _resolve(value: Any, tree: Mapping[str, Any], path: Path, through: tuple[str, ...]) -> Any:

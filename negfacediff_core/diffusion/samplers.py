@@ -118,14 +118,7 @@ def dpm_solver(
     extrapolated linearly in lambda by the one before it. The last step goes to sigma = 0, where x is that
     prediction. `noise` is not used.
     """
-    if not 1 <= steps < schedule.T:
-        raise ConfigError(
-            f"dpm_solver was asked for {steps} steps; this generator takes 1 to {schedule.T - 1}."
-        )
-    timesteps = [round(i * (schedule.T - 1) / steps) for i in range(steps, 0, -1)]
-    alpha_bars = schedule.alpha_bars.tolist()
-    alphas, sigmas = [math.sqrt(ab) for ab in alpha_bars], [math.sqrt(1.0 - ab) for ab in alpha_bars]
-    lambdas = [math.log(alpha / sigma) for alpha, sigma in zip(alphas, sigmas, strict=True)]
+    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver", schedule, steps)
     before, h_before = x, 0.0
     for done, t in enumerate(timesteps, start=1):
         clean = (x - sigmas[t] * eps_model(x, t)) / alphas[t]
@@ -139,6 +132,55 @@ def dpm_solver(
             before, h_before = clean, h
         callback(done, t, x)
     return x
+
+
+def dpm_solver_2s(
+    eps_model: EpsModel,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    noise: Noise,
+    steps: int = 20,
+    callback: Callback = _no_callback,
+) -> Tensor:
+    """DPM-Solver++(2S), deterministic (arXiv 2211.01095, algorithm 1), `steps` network calls.
+
+    Calls come in pairs. From s, where the clean latent D_s is predicted, a first-order step leads to the next
+    timestep m, whose prediction D_m corrects a step from s over both to t:
+    x_t = (sigma_t / sigma_s) x_s - alpha_t (e^-h - 1) (D_s + h / (2 h_m) (D_m - D_s)), h = lambda_t -
+    lambda_s, h_m = lambda_m - lambda_s. Steps that are left over, and the last, which goes to sigma = 0, are
+    of first order. Notation and timesteps are those of `dpm_solver`; `noise` is not used.
+    """
+    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver_2s", schedule, steps)
+    pair: tuple[int, Tensor, Tensor] | None = None  # timestep, latent and prediction where a pair began
+    for done, t in enumerate(timesteps, start=1):
+        clean = (x - sigmas[t] * eps_model(x, t)) / alphas[t]
+        if done == steps:
+            x = clean
+        else:
+            after = timesteps[done]
+            s, x_s, direction = (t, x, clean) if pair is None else pair
+            h = lambdas[after] - lambdas[s]
+            if pair is None:
+                pair = (t, x, clean) if done + 1 < steps else None
+            else:
+                direction = direction + h / (2.0 * (lambdas[t] - lambdas[s])) * (clean - direction)
+                pair = None
+            x = (sigmas[after] / sigmas[s]) * x_s - alphas[after] * math.expm1(-h) * direction
+        callback(done, t, x)
+    return x
+
+
+def _half_log_snr_grid(
+    name: str, schedule: NoiseSchedule, steps: int
+) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Timesteps of a DPM-Solver from T - 1 downwards; alpha, sigma and lambda of every timestep of T."""
+    if not 1 <= steps < schedule.T:
+        raise ConfigError(f"{name} was asked for {steps} steps; this generator takes 1 to {schedule.T - 1}.")
+    timesteps = [round(i * (schedule.T - 1) / steps) for i in range(steps, 0, -1)]
+    alpha_bars = schedule.alpha_bars.tolist()
+    alphas, sigmas = [math.sqrt(ab) for ab in alpha_bars], [math.sqrt(1.0 - ab) for ab in alpha_bars]
+    lambdas = [math.log(alpha / sigma) for alpha, sigma in zip(alphas, sigmas, strict=True)]
+    return timesteps, alphas, sigmas, lambdas
 
 
 def _check_form(name: str, form: str) -> None:
@@ -158,4 +200,5 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim, ("steps", "eta", "ddim_alpha"), lambda T: T),
     "ddpm": Sampler(ddpm, ("final_noise",), lambda T: T),
     "dpm_solver": Sampler(dpm_solver, ("steps",), lambda T: T - 1),
+    "dpm_solver_2s": Sampler(dpm_solver_2s, ("steps",), lambda T: T - 1),
 }

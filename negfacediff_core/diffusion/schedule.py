@@ -78,11 +78,13 @@ def _linear_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _cosine_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
-    options = {
-        name: float(config[f"schedule_{name}"])
-        for name in ("k", "beta_min", "beta_max")
-        if f"schedule_{name}" in config
-    }
+    options = {}
+    for name in ("k", "beta_min", "beta_max"):
+        value = config.get(f"schedule_{name}")
+        if isinstance(value, int | float):
+            options[name] = float(value)
+        elif value is not None:
+            raise ConfigError(f"diffusion.schedule_{name} is {value!r}; it must be a number.")
     return cosine(T, **options)
 
 
@@ -99,7 +101,7 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     Raises `ConfigError` for an unknown type or an impossible T.
     """
     kind, T = config.get("schedule_type", "linear"), config.get("T", 1000)
-    if kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ConfigError(
             f"diffusion.schedule_type is {kind!r}; choose one of {', '.join(sorted(SCHEDULES))}."
         )

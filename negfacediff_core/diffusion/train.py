@@ -14,7 +14,7 @@ from torch import Tensor
 
 from negfacediff_core.diffusion.checkpoint import save_generator
 from negfacediff_core.diffusion.first_stage import VQDecoder
-from negfacediff_core.diffusion.guidance import constant, negative_guidance
+from negfacediff_core.diffusion.guidance import guided
 from negfacediff_core.diffusion.samplers import ddim
 from negfacediff_core.diffusion.schedule import NoiseSchedule, schedule_from_config
 from negfacediff_core.diffusion.train_first_stage import load_first_stage
@@ -30,7 +30,6 @@ from negfacediff_core.diffusion.training import (
     fast_bfloat16,
     load_state,
     optimiser_for,
-    save_state,
     seeded,
     smoothed,
     write_curve,
@@ -45,6 +44,7 @@ from negfacediff_core.diffusion.training_set import (
 )
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.images import to_uint8
+from negfacediff_core.tensor_files import write_tensors
 
 # The demo pack's network: 3x16x16 latents, contexts of width 20. The keys are IDiff-Face's.
 DEMO_NETWORK: dict[str, Any] = {
@@ -207,7 +207,7 @@ def sample_latents(
     with seeded(0, 0), torch.inference_mode():
         start = torch.randn(GRID_COLUMNS, *shape).repeat(len(contexts), 1, 1, 1)
         projected = unet.project_context(torch.from_numpy(contexts).repeat_interleave(GRID_COLUMNS, 0))
-        eps_model = negative_guidance(unet, projected, None, constant(0.0, schedule.T))
+        eps_model = guided(unet, projected)
         latents = ddim(eps_model, start, schedule, lambda t: torch.zeros_like(start), GRID_STEPS)
     return latents.unflatten(0, (len(contexts), GRID_COLUMNS))
 
@@ -306,7 +306,7 @@ def _save(run: _Run, origin: dict[str, Any], path: Path) -> None:
         "seconds": run.seconds,
         "curve": run.curve,
     }
-    save_state(state, path)
+    write_tensors(path, state)
 
 
 def _restore(run: _Run, state: State, origin: dict[str, Any], path: Path) -> None:

@@ -23,13 +23,13 @@ from negfacediff_core.diffusion.training import (
     fast_bfloat16,
     load_state,
     optimiser_for,
-    save_state,
     seeded,
     smoothed,
     to_planes,
     write_curve,
 )
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.tensor_files import write_tensors
 
 # The f = 4 autoencoder of the demo pack. At full resolution a block of 32 channels costs 151 MFLOP an
 # image, more than all that runs at the latent resolution: so one block a resolution and no widening.
@@ -175,7 +175,7 @@ def train_first_stage(
         if step % training.checkpoint_every == 0 or step == training.steps:
             seconds = time.monotonic() - started
             state = {"origin": origin, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save_state({**state, "step": step, "seconds": seconds, "loss": loss, "curve": curve}, path)
+            write_tensors(path, {**state, "step": step, "seconds": seconds, "loss": loss, "curve": curve})
             write_curve(curve, folder / CURVE_NAME)
 
     model.eval()
@@ -187,8 +187,8 @@ def train_first_stage(
         "seconds": seconds,
     }
     weights = {"encoder": model.encoder.state_dict(), "decoder": model.decoder.state_dict()}
-    save_state(
-        {"settings": architecture.to_config(), "metrics": metrics, **weights}, folder / "first_stage.pt"
+    write_tensors(
+        folder / "first_stage.pt", {"settings": architecture.to_config(), "metrics": metrics, **weights}
     )
     return metrics
 

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,17 +75,6 @@ def smoothed(average: float, value: float, step: int) -> float:
             f"The training diverged at step {step}: its loss is {value}. Start again at a lower rate."
         )
     return value if step == 0 else average + (value - average) * max(0.02, 1 / (step + 1))
-
-
-def save_state(state: State, path: Path) -> None:
-    """Write a checkpoint in one piece: a crash leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_state(path: Path) -> State:

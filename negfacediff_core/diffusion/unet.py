@@ -18,6 +18,7 @@ from negfacediff_core.diffusion.blocks import (
     Upsample,
     group_norm,
 )
+from negfacediff_core.diffusion.checks import MOST_BLOCKS, MOST_ENTRIES, check_flag, check_whole
 from negfacediff_core.errors import ConfigError, ContextsError
 
 MakeResidual = Callable[[int, int], ResidualBlock]
@@ -57,7 +58,8 @@ class ConditionalUNet(nn.Module):
 
     The arguments are the keys of the `model` section of an IDiff-Face release. Channels of a level are
     `initial_channels` times the product of the multipliers up to it; `attention_heads` -1 means heads of
-    `attention_head_channels` channels. Raises `ConfigError` for a configuration that cannot be built.
+    `attention_head_channels` channels. A context is a vector of `context_input_channels`, or the number of
+    a class where `n_context_classes` is not 0. Raises `ConfigError` for a configuration that cannot be built.
     """
 
     def __init__(
@@ -79,17 +81,24 @@ class ConditionalUNet(nn.Module):
         context_dropout_probability: float = 0.0,
     ):
         super().__init__()
-        _check(
-            condition_type,
-            initial_channels,
-            channel_multipliers,
-            is_attention,
-            context_channels,
-            n_context_classes,
-        )
+        _check_levels(condition_type, channel_multipliers, is_attention)
+        check_whole("model.input_channels", input_channels)
+        check_whole("model.initial_channels", initial_channels, lowest=NORM_GROUPS, step=NORM_GROUPS)
+        check_whole("model.attention_head_channels", attention_head_channels)
+        check_whole("model.n_blocks_per_resolution", n_blocks_per_resolution, highest=MOST_BLOCKS)
+        check_flag("model.is_context_conditional", is_context_conditional)
+        check_flag("model.learn_empty_context", learn_empty_context)
+        if is_context_conditional:
+            check_whole("model.n_context_classes", n_context_classes, lowest=0, highest=MOST_ENTRIES)
+            check_whole("model.context_input_channels", context_input_channels)
+            check_whole("model.context_channels", context_channels, lowest=NORM_GROUPS, step=NORM_GROUPS)
+            _check_probability(context_dropout_probability)
         self.input_channels = input_channels
-        self.context_width = context_input_channels
         self.is_context_conditional = is_context_conditional
+        self.context_classes = n_context_classes if is_context_conditional else 0
+        takes_vectors = is_context_conditional and n_context_classes == 0
+        self.context_width = context_input_channels if takes_vectors else 0
+        self.context_channels = context_channels
         self.learn_empty_context = learn_empty_context
         time_channels = 4 * initial_channels
         block_context = context_channels if is_context_conditional else None
@@ -98,7 +107,7 @@ class ConditionalUNet(nn.Module):
             return ResidualBlock(channels, out, time_channels, block_context, condition_type)
 
         def attention(channels: int) -> SelfAttentionBlock | CrossAttentionBlock:
-            heads = channels // attention_head_channels if attention_heads == -1 else attention_heads
+            heads = _heads(channels, attention_heads, attention_head_channels)
             if condition_type == "CA" and is_context_conditional:
                 return CrossAttentionBlock(channels, heads, context_channels)
             return SelfAttentionBlock(channels, heads)
@@ -106,7 +115,11 @@ class ConditionalUNet(nn.Module):
         self.image_proj = nn.Conv2d(input_channels, initial_channels, 3, padding=1)
         self.time_emb = TimeEmbedding(initial_channels, time_channels)
         if is_context_conditional:
-            self.context_emb = nn.Linear(context_input_channels, context_channels)
+            self.context_emb: nn.Linear | nn.Embedding = (
+                nn.Embedding(n_context_classes, context_channels)
+                if n_context_classes
+                else nn.Linear(context_input_channels, context_channels)
+            )
             self.context_dropout = nn.Dropout(context_dropout_probability)
             if learn_empty_context:
                 self.empty_context_embedding = nn.Parameter(torch.zeros(context_channels))
@@ -133,20 +146,21 @@ class ConditionalUNet(nn.Module):
         return self.image_proj.weight.dtype
 
     def project_context(self, context: Tensor, dropout_mask: Tensor | None = None) -> ProjectedContext:
-        """Compute everything that depends on `(N, context width)` identity contexts only.
+        """Compute everything that depends on the identity contexts only.
 
-        Rows where the `(N,)` bool `dropout_mask` is true get the empty context instead. In training mode
-        the embedded contexts pass through contextual partial dropout. Raises `ContextsError` for a wrong
-        width or an unconditional network.
+        `context` is `(N, context width)` floating-point, or `(N,)` int64 classes. Rows where the `(N,)` bool
+        `dropout_mask` is true get the empty context instead. In training mode the embedded contexts pass
+        through contextual partial dropout. Raises `ContextsError` for contexts of another kind, width or
+        range, or an unconditional network.
         """
         if not self.is_context_conditional:
             raise ContextsError("This generator is unconditional: it takes no identity contexts.")
-        if context.ndim != 2 or context.shape[1] != self.context_width:
-            raise ContextsError(
-                f"The generator expects contexts of shape (N, {self.context_width}), not "
-                f"{tuple(context.shape)}."
-            )
-        embedded = self.context_dropout(self.context_emb(context.to(self.dtype)))
+        if self.context_classes:
+            _check_classes(context, self.context_classes)
+        else:
+            _check_vectors(context, self.context_width)
+            context = context.to(self.dtype)
+        embedded = self.context_dropout(self.context_emb(context))
         if dropout_mask is not None:
             embedded = torch.where(dropout_mask[:, None], self._empty_context().to(embedded.dtype), embedded)
         return self._project(embedded)
@@ -160,7 +174,7 @@ class ConditionalUNet(nn.Module):
     def _empty_context(self) -> Tensor:
         if self.learn_empty_context:
             return self.empty_context_embedding
-        return torch.zeros_like(self.context_emb.bias)
+        return self.context_emb.weight.new_zeros(self.context_channels)
 
     def _project(self, embedded: Tensor) -> ProjectedContext:
         return ProjectedContext({name: block.project(embedded) for name, block in self._context_readers()})
@@ -175,8 +189,9 @@ class ConditionalUNet(nn.Module):
         """Predict the noise in latents `x`.
 
         `x` is `(N, input_channels, H, W)` with H and W divisible by 2^(levels - 1); `t` holds `(N,)`
-        timesteps, or `(1,)` where all are the same. `context` is `(N, context width)`, the same projected
-        beforehand, or None for the empty context. `dropout_mask` marks rows to be given the empty context.
+        timesteps, or `(1,)` where all are the same. `context` is what `project_context` takes, the same
+        projected beforehand, or None for the empty context. `dropout_mask` marks rows to be given the empty
+        context.
         The result has the shape and type of `x`; the network computes in its own type.
         """
         if context is None:
@@ -197,37 +212,69 @@ class ConditionalUNet(nn.Module):
         return self.final(F.silu(self.norm(h))).to(x.dtype)
 
 
-def _check(
-    condition_type: str,
-    initial_channels: int,
-    multipliers: Sequence[int],
-    is_attention: Sequence[bool],
-    context_channels: int,
-    n_context_classes: int,
-) -> None:
+def _check_levels(condition_type: str, multipliers: Sequence[int], is_attention: Sequence[bool]) -> None:
     if condition_type not in MODULATIONS:
         raise ConfigError(
             f"model.condition_type is {condition_type!r}; the network knows {', '.join(sorted(MODULATIONS))}."
         )
-    if len(multipliers) != len(is_attention) or not multipliers:
+    for name, levels in (("channel_multipliers", multipliers), ("is_attention", is_attention)):
+        if not isinstance(levels, list | tuple) or not levels:
+            raise ConfigError(f"model.{name} is {levels!r}; it must be a list with one entry a level.")
+    if len(multipliers) != len(is_attention):
         raise ConfigError(
             f"model.channel_multipliers has {len(multipliers)} levels and model.is_attention has "
             f"{len(is_attention)}; give both one entry a level."
         )
-    for name, channels in (("initial_channels", initial_channels), ("context_channels", context_channels)):
-        if channels <= 0 or channels % NORM_GROUPS:
-            raise ConfigError(f"model.{name} is {channels}; it must be a positive multiple of {NORM_GROUPS}.")
-    if n_context_classes:
+
+
+def _check_probability(dropout: float) -> None:
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ConfigError(
-            f"model.n_context_classes is {n_context_classes}; it must be 0: contexts here are vectors."
+            f"model.context_dropout_probability is {dropout!r}; it must be a number from 0 to 1."
+        )
+
+
+def _heads(channels: int, heads: int, head_channels: int) -> int:
+    """Number of attention heads over `channels`; `heads` -1 means heads of `head_channels`."""
+    found = channels // head_channels if heads == -1 else heads
+    if type(found) is not int or found < 1 or channels % found:
+        raise ConfigError(
+            f"model.attention_heads is {heads!r} and model.attention_head_channels {head_channels}: "
+            f"{channels} channels cannot be split so; give a number of heads that divides them, or -1 for "
+            "heads of attention_head_channels."
+        )
+    return found
+
+
+def _check_vectors(vectors: Tensor, width: int) -> None:
+    if vectors.ndim != 2 or vectors.shape[1] != width or not vectors.is_floating_point():
+        raise ContextsError(
+            f"The generator expects floating-point contexts of shape (N, {width}), not "
+            f"{tuple(vectors.shape)} of {vectors.dtype}."
+        )
+
+
+def _check_classes(classes: Tensor, count: int) -> None:
+    if classes.ndim != 1 or classes.dtype != torch.int64:
+        raise ContextsError(
+            f"The generator expects classes, int64 of shape (N,), not {tuple(classes.shape)} of "
+            f"{classes.dtype}."
+        )
+    outside = classes[(classes < 0) | (classes >= count)]
+    if len(outside):
+        raise ContextsError(
+            f"Class {int(outside[0])} is not in the generator: its {count} classes are 0 to {count - 1}."
         )
 
 
 def _levels(initial: int, multipliers: Sequence[int], is_attention: Sequence[bool]) -> list[tuple[int, bool]]:
     """Channels and "has attention" of each resolution, the highest first."""
     levels, channels = [], initial
-    for multiplier, attention in zip(multipliers, is_attention, strict=True):
+    for level, (multiplier, attention) in enumerate(zip(multipliers, is_attention, strict=True)):
+        check_flag(f"model.is_attention[{level}]", attention)
+        check_whole(f"model.channel_multipliers[{level}]", multiplier)
         channels *= multiplier
+        check_whole(f"model.channel_multipliers: the number of channels of level {level}", channels)
         levels.append((channels, attention))
     return levels
 

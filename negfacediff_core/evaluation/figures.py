@@ -109,6 +109,14 @@ FIGURES = (
         optional=True,
     ),
     Figure(
+        "negative_cosine",
+        "Cosine to the negatives",
+        ".3f",
+        0,
+        "Mean cosine of an identity's context with those that it is pushed away from.",
+        optional=True,
+    ),
+    Figure(
         "images_per_second", "Sampling, images/s", ".2f", 1, "Images sampled per second, decoding included."
     ),
 )

@@ -1,6 +1,5 @@
 """Training of the demo pack's detector on rendered faces, and its export as part of a model pack."""
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from negfacediff_core.faces.detector_frames import LabelledImages, draw_empty, d
 from negfacediff_core.faces.detector_loss import box_overlap, detection_loss, make_anchors
 from negfacediff_core.faces.detector_network import ANCHORS, STRIDES, DetectorNetwork
 from negfacediff_core.faces.packs import network_input
-from negfacediff_core.tensor_files import read_tensors
+from negfacediff_core.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:  # rendering needs an extra that training does not
     from negfacediff_core.renders.dataset import RenderSet
@@ -217,12 +216,7 @@ def _save(
         "network": network.state_dict(),
         "optimiser": optimiser.state_dict(),
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_tensors(path, state)
 
 
 @torch.inference_mode()

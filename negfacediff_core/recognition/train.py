@@ -1,7 +1,6 @@
 """Training of a recogniser on rendered faces, measured on identities that are held out."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from negfacediff_core.recognition.augment import augment, pooled_crops
 from negfacediff_core.recognition.backbones import IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.heads import MARGINS, cosines
 from negfacediff_core.recognition.measure import embed_pooled_crops, held_out_figures
-from negfacediff_core.tensor_files import read_tensors
+from negfacediff_core.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from negfacediff_core.renders.dataset import RenderSet
@@ -246,13 +245,7 @@ def _save(run: _Run, origin: dict[str, Any], metrics: dict[str, Any], path: Path
         "curve": run.curve,
         "metrics": metrics,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_tensors(path, state)
 
 
 def _restore(run: _Run, state: dict[str, Any], origin: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from negfacediff_core.renders.asset import HAIR, LEFT_EYE, RIGHT_EYE, SKIN, HeadAsset, load_asset
 from negfacediff_core.renders.glasses import wear
@@ -47,56 +47,56 @@ DAMPED = {
 }
 
 
-def from_srgb(*levels: int) -> NDArray[np.float64]:
-    """Turn 8-bit display levels into linear RGB."""
-    return (np.array(levels) / 255.0) ** 2.2
+def from_srgb(levels: ArrayLike) -> NDArray[np.float64]:
+    """Turn 8-bit display levels, `(3,)` or `(N, 3)`, into linear RGB."""
+    return (np.asarray(levels) / 255.0) ** 2.2
 
 
-SKIN_TONES = np.stack(
+SKIN_TONES = from_srgb(
     [
-        from_srgb(236, 204, 186),
-        from_srgb(227, 188, 164),
-        from_srgb(216, 172, 141),
-        from_srgb(199, 150, 117),
-        from_srgb(174, 123, 91),
-        from_srgb(142, 96, 67),
-        from_srgb(110, 73, 52),
-        from_srgb(84, 57, 43),
+        [236, 204, 186],
+        [227, 188, 164],
+        [216, 172, 141],
+        [199, 150, 117],
+        [174, 123, 91],
+        [142, 96, 67],
+        [110, 73, 52],
+        [84, 57, 43],
     ]
 )
-HAIR_COLOURS = np.stack(
+HAIR_COLOURS = from_srgb(
     [
-        from_srgb(30, 24, 20),
-        from_srgb(50, 34, 24),
-        from_srgb(80, 54, 36),
-        from_srgb(122, 84, 52),
-        from_srgb(165, 124, 76),
-        from_srgb(205, 170, 115),
-        from_srgb(126, 56, 28),
-        from_srgb(142, 138, 134),
-        from_srgb(208, 205, 198),
+        [30, 24, 20],
+        [50, 34, 24],
+        [80, 54, 36],
+        [122, 84, 52],
+        [165, 124, 76],
+        [205, 170, 115],
+        [126, 56, 28],
+        [142, 138, 134],
+        [208, 205, 198],
     ]
 )
 HAIR_CHANCES_FAIR = np.array([0.24, 0.23, 0.2, 0.14, 0.08, 0.05, 0.06, 0, 0])
 HAIR_CHANCES_DARK = np.array([0.75, 0.2, 0.05, 0, 0, 0, 0, 0, 0])
 GREY, WHITE = 7, 8
-EYE_COLOURS = np.stack(
+EYE_COLOURS = from_srgb(
     [
-        from_srgb(60, 38, 22),
-        from_srgb(85, 55, 30),
-        from_srgb(105, 95, 55),
-        from_srgb(75, 105, 80),
-        from_srgb(85, 120, 160),
-        from_srgb(110, 125, 135),
+        [60, 38, 22],
+        [85, 55, 30],
+        [105, 95, 55],
+        [75, 105, 80],
+        [85, 120, 160],
+        [110, 125, 135],
     ]
 )
-FRAME_COLOURS = np.stack(
+FRAME_COLOURS = from_srgb(
     [
-        from_srgb(20, 20, 22),
-        from_srgb(60, 35, 20),
-        from_srgb(120, 110, 100),
-        from_srgb(100, 20, 25),
-        from_srgb(30, 40, 80),
+        [20, 20, 22],
+        [60, 35, 20],
+        [120, 110, 100],
+        [100, 20, 25],
+        [30, 40, 80],
     ]
 )
 #: Hair cuts and their chances for men and women.
@@ -348,4 +348,4 @@ def _dress(
 
 
 def _is_dark(skin: Skin) -> bool:
-    return bool(skin.colour[1] < from_srgb(0, 136, 0)[1])
+    return bool(skin.colour[1] < from_srgb([0, 136, 0])[1])

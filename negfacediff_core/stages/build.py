@@ -10,7 +10,7 @@ from negfacediff_core.errors import BuildError, NegFaceDiffError
 from negfacediff_core.stages import aligned, contexts, embeddings, evaluation, negatives, samples
 from negfacediff_core.store.layout import StageSpec, Unit, adopt, read_spec
 from negfacediff_core.store.location import locate
-from negfacediff_core.store.records import Record, has_record, pending, read_record
+from negfacediff_core.store.records import Record, has_record, read_record
 from negfacediff_core.store.runs import read_run
 
 
@@ -18,17 +18,15 @@ class Stage(NamedTuple):
     """A row of the table.
 
     `plan` describes the stage of a build, given those before it, and checks what it needs without writing;
-    `run_unit` makes and commits one unit. `version` is raised when the code changes what a stage makes.
+    `run_unit` makes and commits one unit.
     """
 
-    name: str
-    version: int
     plan: Callable[[BuildConfig, str, Mapping[str, StageSpec]], StageSpec]
     run_unit: Callable[[StageSpec, Unit, ExecutionConfig], Record]
 
 
 STAGES: dict[str, Stage] = {
-    name: Stage(name, module.VERSION, module.plan, module.run_unit)
+    name: Stage(module.plan, module.run_unit)
     for name, module in (
         ("contexts", contexts),
         ("negatives", negatives),
@@ -55,15 +53,10 @@ def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
     store = locate(store).url
     build = _with_pool(build, store)
     specs: dict[str, StageSpec] = {}
-    for stage in STAGES.values():
-        specs[stage.name] = adopt(stage.plan(build, store, specs))
+    for name, stage in STAGES.items():
+        specs[name] = adopt(stage.plan(build, store, specs))
     locate(store).check_writable()
     return list(specs.values())
-
-
-def pending_units(spec: StageSpec) -> list[Unit]:
-    """Return the units of a stage's extent that are not committed, in order, from disk."""
-    return pending(spec)
 
 
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:

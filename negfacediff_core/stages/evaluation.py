@@ -25,6 +25,7 @@ from negfacediff_core.evaluation.plots import (
 )
 from negfacediff_core.evaluation.scores import EXACT_IMAGES, Comparisons, compare
 from negfacediff_core.stages.models import describe_device, device_of
+from negfacediff_core.stages.negatives import stored_negatives
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Grid, StageSpec, Unit
 from negfacediff_core.store.records import Record
@@ -78,7 +79,13 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
 
     begun = time.perf_counter()
     comparisons = _compare(spec, judged, device)
-    report = {**_settings(spec), **_figures(comparisons), **_interval(spec, judged), **_shares(spec)}
+    report = {
+        **_settings(spec),
+        **_figures(comparisons),
+        **_interval(spec, judged),
+        **_shares(spec),
+        **_closeness(spec),
+    }
     statistics = identity_statistics(*judged)
     seconds["score"] = time.perf_counter() - begun
 
@@ -132,7 +139,7 @@ def _settings(spec: StageSpec) -> dict[str, Any]:
     samples, (identities, images) = spec.input("samples"), _extent(spec)
     return {
         "rule": spec.input("negatives").config["rule"],
-        **{name: samples.config[name] for name in ("w", "weight", "sampler", "steps")},
+        **samples.config,
         "identities": identities,
         "images": identities * images,
     }
@@ -171,6 +178,17 @@ def _shares(spec: StageSpec) -> dict[str, Any]:
         "detected_fraction": float(detected.mean()),
         "clipped_fraction": float(clipped[sampled].mean()) if sampled.any() else None,
         "failed": int((~sampled).sum()),
+    }
+
+
+def _closeness(spec: StageSpec) -> dict[str, Any]:
+    """How close the negatives are: mean, least and greatest cosine; nothing where the rule names none."""
+    cosine = stored_negatives(spec.input("negatives"), np.arange(spec.config["identities"])).cosine
+    if np.isnan(cosine).any():
+        return {}
+    return {
+        "negative_cosine": float(cosine.mean(dtype=np.float64)),
+        "negative_cosine_range": [float(cosine.min()), float(cosine.max())],
     }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,8 +47,32 @@ def hash_file(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_file(path: Path, size: int, modified: int) -> str:
+    return _read_hash(path)
+
+
+def _read_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the sorted paths of `files` in `folder` and their contents.
+
+    While names, sizes and times stay, the contents are read once a process.
+    """
+    listing = []
+    for file in sorted(files):
+        stat = file.stat()
+        listing.append((file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns))
+    return _hash_files(folder, tuple(listing))
+
+
+@lru_cache(maxsize=16)
+def _hash_files(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str:
+    whole = hashlib.sha256()
+    for name, _, _ in listing:
+        whole.update(f"{_read_hash(folder / name)} {name}\n".encode())
+    return whole.hexdigest()
 
 
 def file_weight(path: str) -> Weight:
@@ -58,15 +83,21 @@ def file_weight(path: str) -> Weight:
     return Weight(str(file), {"file": hash_file(file)})
 
 
+def folder_weight(path: str, files: Iterable[Path]) -> Weight:
+    """Hash these files of a folder, names and contents, as one."""
+    folder = resolve_weights(path)
+    return Weight(str(folder), {"folder": hash_files(folder, files)})
+
+
 def network_weight(path: str, task: Task) -> Weight:
     """Find and hash the network for `task` in a model pack."""
     return file_weight(str(find_network(resolve_weights(path), task)))
 
 
-def check_unchanged(weight: Weight) -> None:
-    """Raise WeightsError unless a file still is what was hashed."""
-    if file_weight(weight.path) != weight:
-        raise _changed(weight.path)
+def check_unchanged(before: Weight, now: Weight) -> None:
+    """Raise WeightsError unless what was hashed for a plan still is the same."""
+    if now != before:
+        raise _changed(before.path)
 
 
 def generator_weight(path: str) -> Weight:

@@ -7,18 +7,22 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig, SamplesConfig
 from negfacediff_core.diffusion.engine import SamplerSettings, SamplingEngine
+from negfacediff_core.diffusion.guidance import parse_curve
 from negfacediff_core.diffusion.samplers import SAMPLERS
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.negatives import mine
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.models import describe_device, device_of, generator_of, generator_weight
+from negfacediff_core.stages.negatives import StoredPool, stored_negatives
 from negfacediff_core.store.layout import ArraySpec, Grid, StageSpec, Unit, Weight
 from negfacediff_core.store.records import Record
-from negfacediff_core.store.shards import commit, read_rows
+from negfacediff_core.store.shards import commit
 from negfacediff_core.store.tables import rows_of
+from negfacediff_core.transforms import TRANSFORMS, safe_lower_bound
 
-VERSION = 1
+VERSION = 2
 COLUMNS = (
     ("identity", "int64"),
     ("replicate", "int64"),
@@ -46,8 +50,20 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
             f"timesteps, of which the sampler {settings.sampler} takes {most} at most; set it to {most} or "
             "fewer."
         )
-    shared = ("sampler", "w", "weight", "precision", "seed")
-    config = {name: getattr(settings, name) for name in (*shared, *sampler.options)}
+    if settings.cfg and not generator.unet.learn_empty_context:
+        raise ConfigError(
+            f"samples.cfg is {settings.cfg:g}, but the generator {settings.generator} has not learned an "
+            "empty context to guide away from; set it to 0."
+        )
+    if settings.curve:
+        parse_curve(settings.curve)
+    shared = ("sampler", "w", "precision", "seed")
+    chosen = (*shared, *sampler.options, *_options_in_effect(settings))
+    config = {name: getattr(settings, name) for name in chosen}
+    if settings.safe and "safe" in config:
+        if build.negatives.pool < 2:
+            raise ConfigError("samples.safe looks for the nearest identity in the pool: set negatives.pool.")
+        config["pool"] = build.negatives.pool
     return StageSpec(
         store=store,
         name="samples",
@@ -68,6 +84,26 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
     )
 
 
+def _options_in_effect(settings: SamplesConfig) -> list[str]:
+    """The options of guidance and transform that change an image; the others must not move it elsewhere."""
+    options = []
+    if settings.w:
+        options.append("weight")
+    if settings.w and settings.curve:
+        options.append("curve")
+    if settings.cfg:
+        options.append("cfg")
+    if settings.w or settings.cfg:
+        options += [
+            name
+            for name, whole in (("interval_low", 0.0), ("interval_high", 1.0))
+            if getattr(settings, name) != whole
+        ]
+    if settings.transform != "none":
+        options += ["transform", "lower_bound", "safe"]
+    return options
+
+
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Sample the images of a unit."""
     started, begun = time.time(), time.perf_counter()
@@ -75,32 +111,37 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     replicates = np.array(spec.grid.replicates_of(unit), np.int64)
     stored = spec.input("contexts")
     contexts = contexts_of(stored, identities)
-    chosen = negatives_of(spec.input("negatives"), identities)
-    away = _negative_contexts(stored, chosen, spec.input("negatives").config["rule"])
+    chosen = stored_negatives(spec.input("negatives"), identities)
+    away = _negative_contexts(stored, chosen.index, spec.input("negatives").config["rule"])
+    lower_bound = _lower_bound(spec, contexts, identities)
     device = device_of(execution.device)
     engine = _engine(spec, device, execution.batch_size)
     read = time.perf_counter() - begun
 
     begun = time.perf_counter()
-    times = len(replicates)
+    times, seed = len(replicates), spec.config["seed"]
+    rows = identities.repeat(times), np.tile(replicates, len(identities))
+    towards = contexts.repeat(times, axis=0)
+    if lower_bound is not None:
+        towards = TRANSFORMS[spec.config["transform"]](towards, seed, *rows, lower_bound.repeat(times))
     images, clipped = engine.sample(
-        contexts.repeat(times, axis=0),
+        towards,
         None if away is None else away.repeat(times, axis=0),
-        identities.repeat(times),
-        np.tile(replicates, len(identities)),
-        spec.config["seed"],
+        None if away is None else chosen.weight.repeat(times, axis=0),
+        *rows,
+        seed,
     )
     seconds = {"read": read, "sample": time.perf_counter() - begun}
     broken = np.isnan(clipped)
     images[broken] = 0
     count = len(images)
-    rows = rows_of(
+    table = rows_of(
         spec,
         {
-            "identity": identities.repeat(times),
-            "replicate": np.tile(replicates, len(identities)),
-            "seed": [spec.config["seed"]] * count,
-            "negative": chosen.repeat(times),
+            "identity": rows[0],
+            "replicate": rows[1],
+            "seed": [seed] * count,
+            "negative": chosen.index[:, 0].repeat(times),
             "sampler": [spec.config["sampler"]] * count,
             "steps": [spec.config["steps"]] * count,
             "w": [spec.config["w"]] * count,
@@ -113,7 +154,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         spec,
         unit,
         arrays={"image": images.reshape(len(identities), times, *images.shape[1:])},
-        rows=rows,
+        rows=table,
         started=started,
         seconds=seconds,
         device=describe_device(device),
@@ -123,29 +164,32 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
 _NOT_FINITE = "the sampler left values that are not finite"
 
 
-def negatives_of(spec: StageSpec, identities: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the stored negatives `(N,)` of identity numbers `(N,)`; -1 where the rule names none."""
-    blocks, rows = np.divmod(identities, spec.grid.block_identities)
-    negatives = np.empty(len(identities), np.int64)
-    for block in np.unique(blocks):
-        column = read_rows(spec, Unit(int(block), 0)).column("negative").to_numpy()
-        negatives[blocks == block] = column[rows[blocks == block]]
-    return negatives
-
-
-def _negative_contexts(
-    stored: StageSpec, negatives: NDArray[np.int64], rule: str
-) -> NDArray[np.float32] | None:
-    """Contexts to push away from: none at all, the zero vector (rule null), or those of other identities."""
+def _negative_contexts(stored: StageSpec, index: NDArray[np.int64], rule: str) -> NDArray[np.float32] | None:
+    """Contexts `(N, K, W)` to push away from: none, the zero vector (rule null), or other identities'."""
     if rule == "none":
         return None
     if rule == "null":
-        return np.zeros((len(negatives), *stored.arrays[0].item), np.float32)
-    return contexts_of(stored, negatives)
+        return np.zeros((*index.shape, *stored.arrays[0].item), np.float32)
+    return contexts_of(stored, index.ravel()).reshape(*index.shape, -1)
+
+
+def _lower_bound(
+    spec: StageSpec, contexts: NDArray[np.float32], identities: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    """The lowest cosine `(N,)` that the transform may leave to each identity; None if there is none."""
+    if "transform" not in spec.config:
+        return None
+    lowest = np.full(len(identities), spec.config["lower_bound"])
+    if not spec.config["safe"]:
+        return lowest
+    pool = StoredPool(spec.input("contexts"), spec.config["pool"])
+    nearest = mine(contexts, pool, "close", 0, identities=identities).cosine[:, 0]
+    return safe_lower_bound(spec.config["lower_bound"], nearest)
 
 
 def _engine(spec: StageSpec, device: str, batch_size: int) -> SamplingEngine:
     taken = {name: spec.config[name] for name in SamplerSettings.__dataclass_fields__ if name in spec.config}
+    taken["interval"] = (spec.config.get("interval_low", 0.0), spec.config.get("interval_high", 1.0))
     weight = spec.weights["generator"]
     return _cached_engine(
         weight.path,

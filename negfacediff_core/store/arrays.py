@@ -12,10 +12,11 @@ from negfacediff_core.errors import StoreError
 from negfacediff_core.store import faults
 from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit, array_path
 
-# Pixels barely compress and must be quick; the bits of floats compress once they are sorted by place.
+# Pixels barely compress and must be quick; numbers compress once bits or bytes are sorted by place.
 _CODECS = {
     "u1": BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle"),
     "f4": BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+    "i8": BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
 }
 
 

@@ -119,9 +119,9 @@ class ArraySpec:
 class StageSpec:
     """Everything that describes one stage of one build; frozen, picklable, and written to `stage.json`.
 
-    `config` holds only what changes the result, `inputs` the fingerprints of the stages that are read,
-    `columns` the names and Arrow types of the rows. `grid` holds this build's extent, no part of the
-    fingerprint.
+    `version` is raised when the code changes what the stage makes. `config` holds only what changes the
+    result, `inputs` the fingerprints of the stages that are read, `columns` the names and Arrow types of the
+    rows. `grid` holds this build's extent, no part of the fingerprint.
     """
 
     store: str

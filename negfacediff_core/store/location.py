@@ -235,6 +235,12 @@ def _explained_remote(doing: str, url: str) -> Iterator[None]:
     """Turn any error of an fsspec client, each of which raises its own kinds, into a `StoreError`."""
     try:
         yield
+    except ImportError as error:
+        # fsspec names the package that its client of this kind of address is in
+        raise StoreError(
+            f"cannot {doing} {url}: {error}. For s3:// that is the extra s3: pip install 'negfacediff[s3]', "
+            "or NEGFACEDIFF_EXTRAS=s3 ./run ..."
+        ) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
         raise StoreError(

@@ -1,7 +1,7 @@
 """What the demo pack is made from: its render sets, the generator's training set, its context sources."""
 
 import hashlib
-import os
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flows.progress import CallbackBar
 from negfacediff_core.contexts import check_contexts, fit_identities
 from negfacediff_core.diffusion.first_stage import VQEncoder
+from negfacediff_core.diffusion.train_first_stage import load_first_stage
 from negfacediff_core.diffusion.training import Progress
-from negfacediff_core.diffusion.training_set import embed_images, encode_latents, identity_means
-from negfacediff_core.faces.embed import Embedder
+from negfacediff_core.diffusion.training_set import (
+    TrainingSet,
+    embed_images,
+    encode_latents,
+    identity_means,
+)
+from negfacediff_core.faces.embed import Embedder, load_embedder
+from negfacediff_core.renders.dataset import RenderSet, load_render_set
+from negfacediff_core.store.location import locate
 
 
 class RenderSettings(NamedTuple):
@@ -35,6 +44,27 @@ RENDER_SETS: dict[str, RenderSettings] = {
     # frames for the detector, with faces of all sizes anywhere
     "detector": RenderSettings(range(2_000_000, 2_001_500), replicates=4, size=96, scale=(0.35, 1.1)),
 }
+
+
+def renders_of(work: Path, name: str) -> RenderSet:
+    """Return the render set `name` that `negfacediff pack render` left in the work folder."""
+    return load_render_set(work / "renders" / name)
+
+
+def contexts_of(work: Path, out: Path, name: str) -> NDArray[np.float32]:
+    """Embed a render set with the recogniser of the pack `out`: `(N, K, W)`; made once, with a bar."""
+    renders, embedder = renders_of(work, name), load_embedder(out / "faces")
+    with CallbackBar(f"embed {name}", "images") as progress:
+        return prepare_contexts(renders.images, renders.landmarks, embedder, work / "cache", progress)
+
+
+def training_set_of(work: Path, out: Path, name: str) -> TrainingSet:
+    """Return the latents of a render set, by the first stage trained in the work folder, and its contexts."""
+    encoder, _, _ = load_first_stage(work / "first-stage")
+    contexts = torch.from_numpy(contexts_of(work, out, name))
+    with CallbackBar(f"encode {name}", "images") as progress:
+        latents = prepare_latents(renders_of(work, name).images, encoder, work / "cache", progress)
+    return TrainingSet(latents, contexts)
 
 
 def prepare_contexts(
@@ -79,9 +109,10 @@ def write_context_sources(
     check_contexts(contexts, training.shape[2])
     reference = fit_identities(identity_means(training))
     names = np.array([f"render-{number}" for number in identities])
-    _write_npz(folder / "heldout.npz", contexts=contexts, names=names)
-    _write_npz(
+    _write(folder / "heldout.npz", np.savez_compressed, contexts=contexts, names=names)
+    _write(
         folder / "reference.npz",
+        np.savez_compressed,
         mean=reference.mean.astype(np.float32),
         covariance=reference.covariance.astype(np.float32),
         shrinkage=np.float64(reference.shrinkage),
@@ -104,23 +135,16 @@ def _digest(parts: Iterable[bytes]) -> str:
 
 
 def _cached(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The array in `path`, made and stored there, in one piece, if it is not there yet."""
+    """The array in `path`, made and stored there if it is not there yet."""
     if path.exists():
         return np.load(path)
     array = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-    partial.replace(path)
+    _write(path, np.save, arr=array)
     return array
 
 
-def _write_npz(path: Path, **arrays: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _write(path: Path, save: Callable[..., None], **arrays: Any) -> None:
+    """Write what numpy's `save` makes of the arrays, in one piece: a crash leaves no half file."""
+    buffer = io.BytesIO()
+    save(buffer, **arrays)
+    locate(str(path.parent)).write_atomic(path.name, buffer.getvalue())

@@ -1,0 +1,47 @@
+"""Small builds for the tests of the stages: changed, planned and made without a flow."""
+
+from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.stages import STAGES, plan_build, run_unit
+from negfacediff_core.store.records import pending
+from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.shards import prepare
+
+EXECUTION = ExecutionConfig(device="cpu")
+
+
+def changed(build, **changes):
+    """A build with other values, given as `section__field=value` or `field=value`."""
+    values = build.model_dump()
+    for path, value in changes.items():
+        *sections, field = path.split("__")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[field] = value
+    return BuildConfig.model_validate(values)
+
+
+def planned(build, store):
+    """Plan a build and make its directories and run record, as the flow does."""
+    specs = plan_build(build, str(store))
+    for spec in specs:
+        prepare(spec)
+    stages = {
+        spec.name: {
+            "fingerprint": spec.fingerprint,
+            "identities": spec.grid.identities,
+            "replicates": spec.grid.replicates,
+        }
+        for spec in specs
+    }
+    write_run(str(store), build.name, {"stages": stages})
+    return {spec.name: spec for spec in specs}
+
+
+def make(build, store, stages=tuple(STAGES), reverse=False):
+    """Plan a build and run every unit of the `stages` that is pending; in reverse order where asked."""
+    specs = planned(build, store)
+    for name in stages:
+        for unit in sorted(pending(specs[name]), reverse=reverse):
+            run_unit(specs[name], unit, EXECUTION)
+    return specs
