@@ -168,7 +168,10 @@ class ContextsConfig(Model):
         description="The source mixup takes shares in [margin, 1 - margin] of one vector and of another.",
     )
     packing_steps: int = Field(
-        default=200, ge=1, le=10_000, description="Steps of gradient descent of the source packed."
+        default=200,
+        ge=1,
+        le=10_000,
+        description="Steps of gradient descent of the source packed; one takes about 4 s at 10,050 x 512.",
     )
     max_cosine: float = Field(
         default=1.0,
@@ -228,6 +231,7 @@ class NegativesConfig(Model):
     pool: int = Field(
         default=0,
         ge=0,
+        le=10_000_000,
         description="Identities that negatives are picked from. 0: those of the first build of this name; "
         "it stays fixed when the dataset grows, so that no negative ever moves.",
     )

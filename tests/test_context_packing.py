@@ -76,8 +76,8 @@ def test_packing_does_not_depend_on_the_number_of_threads():
     np.testing.assert_array_equal(*results)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**40), count=st.integers(1, 60), block=st.integers(1, 70))
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**40), count=st.integers(1, 40), block=st.integers(1, 50))
 def test_kept_apart_is_the_plain_loop_over_identities(seed, count, block):
     width, bound = 12, 0.6
     draw = drawn(seed, width)

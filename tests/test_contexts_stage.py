@@ -50,7 +50,7 @@ def build(tiny_build, material):
         read = CONTEXT_FIELDS[source]
         chosen = {key: value for key, value in settings.items() if key.removeprefix("contexts__") in read}
         if source == "two_stage":
-            chosen["contexts__steps"] = 3
+            chosen["contexts__steps"] = 2
         return changed(tiny_build, contexts__source=source, **chosen, **changes)
 
     return with_source

@@ -13,7 +13,7 @@ from negfacediff_core.contexts.vectors import Contexts, normalise
 # Rows of cosines that are held at a time.
 BLOCK = 1024
 # Sharpness of the soft maximum, from first to last step: a vector at first yields to its whole neighbourhood,
-# in the end to its nearest neighbour alone. At 1000 the nearest takes turns and the worst pair gets closer.
+# in the end to its nearest neighbour alone. Ending at 1000, the worst pair of 4,000 x 64 gets closer again.
 SHARPNESS = (20.0, 300.0)
 # Length of the first step; the steps fall linearly to zero. From 0.2 to 0.8 the results differ by a few
 # hundredths, at 17 x 16 (a simplex, which is reached) as at 2,000 x 512.
