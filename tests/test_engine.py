@@ -165,10 +165,10 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(generator, rows, mon
     expected = SamplingEngine(generator, SETTINGS, batch_size=7).sample(*rows, seed=9)
     forward, limit = ConditionalUNet.forward, 4
 
-    def cramped(self, x, *arguments):
-        if len(x) > limit:
+    def cramped(self, x, time, context):
+        if context.rows > limit:
             raise torch.OutOfMemoryError("too many rows")
-        return forward(self, x, *arguments)
+        return forward(self, x, time, context)
 
     monkeypatch.setattr(ConditionalUNet, "forward", cramped)
     engine = SamplingEngine(generator, SETTINGS, batch_size=7)

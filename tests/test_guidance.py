@@ -23,10 +23,11 @@ class CountingUNet(ConditionalUNet):
     rows = 0
     passes = 0
 
-    def forward(self, x, *arguments):
-        self.rows += len(x)
+    def forward(self, *arguments):
+        eps = super().forward(*arguments)
+        self.rows += len(eps)
         self.passes += 1
-        return super().forward(x, *arguments)
+        return eps
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ class GaussianModel:
     def __call__(self, x, time, context):
         ab = self.alpha_bars[time.item()]
         (mean,) = context.parts["mean"]
+        x = x.repeat(len(mean) // len(x), 1, 1, 1)
         spread = ab * self.covariance + (1 - ab) * torch.eye(len(self.covariance), dtype=x.dtype)
         centred = x[:, :, 0, 0] - ab.sqrt() * mean
         return ((1 - ab).sqrt() * torch.linalg.solve(spread, centred.T).T)[:, :, None, None]

@@ -78,6 +78,27 @@ def test_one_timestep_for_all_equals_one_for_each(condition):
     assert torch.allclose(each, shared, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("times", [[5], [5, 90]])
+@pytest.mark.parametrize("condition", MODULATIONS)
+@torch.inference_mode()
+def test_several_contexts_of_a_latent_share_what_no_context_touches(condition, times):
+    unet = randomised(ConditionalUNet(**TINY_MODEL | {"condition_type": condition}))
+    numbers = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 8, 8, generator=numbers)
+    contexts, t = torch.randn(6, 16, generator=numbers), torch.tensor(times)
+    apart = [unet(x, t, part) for part in contexts.split(2)]
+    rows = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, out: rows.append(len(out)))
+        for layer in (unet.image_proj, unet.down[0].res.conv1, unet.final)
+    ]
+    together = unet(x, t, contexts)
+    for hook in hooks:
+        hook.remove()
+    assert torch.allclose(together, torch.cat(apart), rtol=0, atol=1e-5)
+    assert rows == [2, 2, 6]
+
+
 def test_a_fresh_network_predicts_zero_noise():
     unet = ConditionalUNet(**TINY_MODEL)
     bias = unet.final.bias[:, None, None].expand(2, 3, 8, 8)

@@ -31,6 +31,11 @@ class ProjectedContext:
 
     parts: dict[str, tuple[Tensor, ...]]
 
+    @property
+    def rows(self) -> int:
+        """Number of contexts; 0 in an unconditional network, which derives nothing."""
+        return len(next(iter(self.parts.values()))[0]) if self.parts else 0
+
     def take(self, indices: Tensor) -> "ProjectedContext":
         """Gather contexts by `(N,)` int64 `indices`, as many times as they occur."""
         return ProjectedContext({name: tuple(p[indices] for p in part) for name, part in self.parts.items()})
@@ -44,6 +49,11 @@ class ProjectedContext:
         return ProjectedContext(
             {name: tuple(torch.cat(stack) for stack in parts) for name, parts in stacks.items()}
         )
+
+
+def spread(x: Tensor, rows: int) -> Tensor:
+    """Repeat N rows to `rows`, a multiple of N: what no context has touched is computed once for all."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -123,10 +133,18 @@ class ResidualBlock(nn.Module):
         return (self.context_emb(context),)
 
     def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
-        """Map `(N, channels, H, W)` to `(N, out, H, W)`; `time` is `(N or 1, time_channels)`."""
+        """Map `(N, channels, H, W)` to `(R, out, H, W)`; R is the contexts' number if they are read, else N.
+
+        `time` is `(N or 1, time_channels)`.
+        """
         h = self.conv1(F.silu(self.norm1(x)))
+        time = self.time_emb(time)
         projected = context.parts[self.context_name][0] if self.reads_context else None
-        h = self.modulate(self, h, self.time_emb(time), projected)
+        if projected is not None:
+            h, x = spread(h, len(projected)), spread(x, len(projected))
+        if len(time) > 1:
+            time = spread(time, len(h))
+        h = self.modulate(self, h, time, projected)
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
@@ -220,11 +238,13 @@ class CrossAttentionBlock(nn.Module):
         return tuple(part.contiguous() for part in self.cross_attention.keys_values(tokens))
 
     def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
-        """Map `(N, C, H, W)` to the same shape."""
+        """Map `(N, C, H, W)` to `(R, C, H, W)`, where R is the number of contexts."""
         h = self.x_proj_in(x).flatten(2)
         tokens = self.x_norm(h)
         h = h + self.self_attention(tokens, *self.self_attention.keys_values(tokens))
-        h = h + self.cross_attention(self.x_norm(h), *context.parts[self.context_name])
+        keys, values = context.parts[self.context_name]
+        h, x = spread(h, len(keys)), spread(x, len(keys))
+        h = h + self.cross_attention(self.x_norm(h), keys, values)
         h = h + self.ff(self.x_norm(h).transpose(1, 2)).transpose(1, 2)
         return x + self.x_proj_out(h.view(x.shape))
 

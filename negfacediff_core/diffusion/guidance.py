@@ -84,8 +84,9 @@ def guided(unet: ConditionalUNet, context: ProjectedContext, terms: Sequence[Ter
     """eps~ as a function of (x, t): see the head of this file.
 
     `context` holds one projected context a row of x. All predictions of a timestep come from one batched
-    pass of the network, which leaves out the terms that weigh nothing there. A null negative is the zero
-    vector sent through `project_context`, which is not the same as the empty context.
+    pass of the network, which shares what no context touches and leaves out the terms that weigh nothing. A
+    null negative is the zero vector sent through `project_context`, which is not the same as the empty
+    context.
     """
     stacked: dict[tuple[int, ...], ProjectedContext] = {}
 
@@ -97,9 +98,7 @@ def guided(unet: ConditionalUNet, context: ProjectedContext, terms: Sequence[Ter
             return unet(x, time, context)
         if active not in stacked:
             stacked[active] = context.concat(*(terms[i].context for i in active))
-        towards, *others = unet(x.repeat(1 + len(active), 1, 1, 1), time, stacked[active]).chunk(
-            1 + len(active)
-        )
+        towards, *others = unet(x, time, stacked[active]).chunk(1 + len(active))
         eps = towards
         for i, away in zip(active, others, strict=True):
             eps = eps + (weights[i] * terms[i].share)[:, None, None, None] * (towards - away)

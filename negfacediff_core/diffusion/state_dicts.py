@@ -9,6 +9,7 @@
 
 import pickle
 import re
+import shlex
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -147,7 +148,8 @@ def _read(path: Path) -> Any:
 def _foreign(path: Path, reason: str) -> WeightsError:
     """What to say of a file that asks for more than tensors, or is no file of torch at all."""
     asked = re.search(r"GLOBAL (\w+(?:\.\w+)+)", reason)
-    if asked is None:
+    # Names that a shell would read as commands must not stand in a command that people copy.
+    if asked is None or shlex.quote(path.name) != path.name:
         return WeightsError(
             f"{path} is damaged or holds more than tensors and was not loaded. Bring a state dict of tensors."
         )

@@ -17,6 +17,7 @@ from negfacediff_core.diffusion.blocks import (
     TimeEmbedding,
     Upsample,
     group_norm,
+    spread,
 )
 from negfacediff_core.diffusion.checks import MOST_BLOCKS, MOST_ENTRIES, check_flag, check_whole
 from negfacediff_core.errors import ConfigError, ContextsError
@@ -192,7 +193,9 @@ class ConditionalUNet(nn.Module):
         timesteps, or `(1,)` where all are the same. `context` is what `project_context` takes, the same
         projected beforehand, or None for the empty context. `dropout_mask` marks rows to be given the empty
         context.
-        The result has the shape and type of `x`; the network computes in its own type.
+        The result has the shape and type of `x`; the network computes in its own type. With k N contexts,
+        latent i meets contexts i, N + i, ..., and the result has k N rows: what no context touches is
+        computed once for all of them.
         """
         if context is None:
             context = self.project_empty(len(x))
@@ -207,7 +210,7 @@ class ConditionalUNet(nn.Module):
         h = self.middle(h, time, context)
         for stage in self.up:
             if not isinstance(stage, Upsample):
-                h = torch.cat([h, skips.pop()], dim=1)
+                h = torch.cat([h, spread(skips.pop(), len(h))], dim=1)
             h = stage(h, time, context)
         return self.final(F.silu(self.norm(h))).to(x.dtype)
 
