@@ -1,6 +1,6 @@
 """Mining negatives against the plain loop over identities: time, the arithmetic floor, and memory.
 
-    python benchmarks/mining.py [--million]
+    OMP_NUM_THREADS=1 python benchmarks/mining.py [--million]
 
 Both forms run beside each other. Of the identities a slice is timed, since all would take too long: the work
 of one does not depend on how many others are mined.
@@ -25,7 +25,7 @@ WIDTH = 512
 UNIT = 1024
 CASES = (("far", 1), ("far", 8), ("close", 1), ("mid", 1))
 # Pool size, identities timed here, identities timed in the plain loop.
-POOLS = ((10_000, 2048, 256), (100_000, UNIT, 32))
+POOLS = ((10_000, UNIT, 128), (100_000, UNIT, 16))
 MILLION = 1_000_000
 
 
@@ -72,8 +72,8 @@ def compare(size: int, timed: int, looped: int, rate: float) -> list[dict[str, A
     floor = 2 * WIDTH * size / rate
     rows = []
     for rule, count in CASES:
-        ours = best_seconds(lambda r=rule, c=count: mine(pool[:timed], pool, r, 0, count=c)) / timed
-        plain = best_seconds(lambda r=rule, c=count: plain_loop(pool, looped, r, c), 2) / looped
+        ours = best_seconds(lambda r=rule, c=count: mine(pool[:timed], pool, r, 0, count=c), 2) / timed
+        plain = best_seconds(lambda r=rule, c=count: plain_loop(pool, looped, r, c)) / looped
         found = mine(pool[:looped], pool, rule, 0, count=count).index.squeeze()
         agree = (found == np.array(plain_loop(pool, looped, rule, count))).mean()
         passes = 2 if rule == "mid" else 1

@@ -1,13 +1,17 @@
 """`negfacediff contexts`: how close the identities of the datasets in a store are to each other."""
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from negfacediff_core.errors import StoreError
+
+if TYPE_CHECKING:
+    from negfacediff_core.store.layout import StageSpec
 
 
 class Spread(NamedTuple):
@@ -78,7 +82,7 @@ def spreads(store: str, most: int) -> Iterator[Spread]:
         first = int(near.cosine.argmax())
         yield Spread(
             run=name,
-            source=spec.config["source"],
+            source=_source(spec),
             identities=len(numbers),
             worst=float(near.cosine[first]),
             pair=(first, int(near.other[first])),
@@ -87,3 +91,13 @@ def spreads(store: str, most: int) -> Iterator[Spread]:
             uniform_mean=float(even.cosine.mean()),
             bound=lowest_worst_cosine(len(numbers), width),
         )
+
+
+def _source(spec: "StageSpec") -> str:
+    """The name of the source; of a fitted one, how far its covariance was shrunk if the file is still there."""
+    from negfacediff_core.contexts import load_identities
+
+    name, weight = spec.config["source"], spec.weights.get("contexts")
+    if name != "fitted" or weight is None or not Path(weight.path).exists():
+        return str(name)
+    return f"fitted, shrinkage {load_identities(weight.path).shrinkage:.3f}"

@@ -33,7 +33,7 @@ def record_run(
         store,
         build.name,
         {
-            "config": build.model_dump(mode="json"),
+            "config": _settled(build, specs),
             "stages": {
                 name: {
                     "fingerprint": spec.fingerprint,
@@ -48,6 +48,19 @@ def record_run(
             "timings": {name: _timings(spec) for name, spec in specs.items()},
         },
     )
+
+
+def _settled(build: BuildConfig, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
+    """Return a build's settings, with those that it left open as they were chosen when it was planned."""
+    config = build.model_dump(mode="json")
+    for section, field, stage in (
+        ("negatives", "pool", "negatives"),
+        ("negatives", "pool", "samples"),
+        ("contexts", "count", "contexts"),
+    ):
+        if not config[section][field]:
+            config[section][field] = specs[stage].config.get(field, config[section][field])
+    return config
 
 
 def licences_of(specs: Mapping[str, StageSpec]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ Core functions take plain values, not these objects; only `stages` reads them.
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Model(BaseModel):
@@ -239,6 +239,17 @@ class NegativesConfig(Model):
     mid: MedianRule = Field(default=MedianRule.corrected, description="Which median the rule mid takes.")
     seed: Seed = 0
 
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _null_is_a_rule(cls, value: Any) -> Any:
+        return Rule.null if value is None else value  # what YAML reads the word null as
+
+    @model_validator(mode="after")
+    def _several_of_somebody(self) -> "NegativesConfig":
+        if self.count > 1 and self.rule in (Rule.none, Rule.null):
+            raise ValueError(f"the rule {self.rule} names nobody, so that count must be 1, not {self.count}")
+        return self
+
 
 class SamplesConfig(Model):
     """How images are sampled."""
@@ -300,6 +311,10 @@ class SamplesConfig(Model):
         if (self.weight == Weight.piecewise) != bool(self.curve):
             need = "needs no `curve`" if self.curve else "needs `curve`, such as '0:1 0.5:1 1:0'"
             raise ValueError(f"the weight {self.weight} {need}")
+        if self.safe and self.transform == Transform.none:
+            raise ValueError(
+                "safe bounds the turn of a transform: set `transform` to idperturb, or safe to false"
+            )
         return self
 
 

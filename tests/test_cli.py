@@ -78,6 +78,13 @@ def test_settings_are_read_as_yaml_scalars_into_nested_fields():
     assert (build.name, build.images) == ("mine", 9)
 
 
+def test_the_rule_null_is_what_yaml_makes_of_its_name(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nnegatives:\n  rule: null\n")
+    assert presets.load_build(str(file)).negatives.rule == "null"
+    assert presets.load_build("demo", ["negatives.rule=null"]).negatives.rule == "null"
+
+
 def test_a_file_of_ones_own_is_a_preset(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nidentities: 4\n")

@@ -141,6 +141,22 @@ def test_two_lengths_of_one_direction_are_one_identity(tmp_path):
         contexts.load_reference(tmp_path / "c.npz", 5)
 
 
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (np.float32(0), np.eye(3), r"a mean \(\) float32"),
+        (np.array(["a", "b"]), np.eye(2), r"a mean \(2,\) <U1"),
+        (np.zeros(3), np.eye(2), r"a covariance \(2, 2\) float64"),
+        (np.array([np.nan, 1.0]), np.eye(2), "finite"),
+        (np.zeros(2), np.zeros((2, 2)), "a single point without direction"),
+    ],
+)
+def test_distributions_that_cannot_be_drawn_from_are_refused(mean, covariance, message, tmp_path):
+    np.savez(tmp_path / "reference.npz", mean=mean, covariance=covariance)
+    with pytest.raises(ContextsError, match=message):
+        contexts.load_identities(tmp_path / "reference.npz")
+
+
 def test_as_many_names_as_vectors(tmp_path):
     np.savez(tmp_path / "c.npz", contexts=VECTORS, names=np.array(NAMES[:4]))
     with pytest.raises(ContextsError, match="4 names for 6 contexts"):

@@ -231,7 +231,7 @@ def test_rows_that_do_not_fit_are_refused(generator, rows):
     [
         (SamplerSettings(sampler="euler"), {}, "sampler is 'euler'.*ddim, ddpm, dpm_solver"),
         (SamplerSettings(weight="linear"), {}, "weight is 'linear'.*adaptive"),
-        (SamplerSettings(weight="piecewise"), {}, "curve of the weight is ''"),
+        (SamplerSettings(weight="piecewise"), {}, "samples.curve is ''"),
         (SamplerSettings(cfg=1.0), {}, "weight 1 needs a generator that learned an empty context"),
         (SETTINGS, {"precision": "fp8"}, "precision is 'fp8'.*fp32, bf16"),
         (SETTINGS, {"batch_size": -1}, "batch_size is -1"),

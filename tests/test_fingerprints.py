@@ -78,7 +78,7 @@ FIELDS = {
 
 
 #: Fields that choose which others matter.
-KINDS = ("samples__sampler", "negatives__rule", "samples__w")
+KINDS = ("samples__sampler", "negatives__rule", "negatives__rand", "samples__w")
 
 
 def all_fields(model, prefix=""):
@@ -150,9 +150,10 @@ def test_how_a_build_runs_is_no_part_of_it():
         {"samples__sampler": "ddpm", "samples__steps": 7},
         {"samples__sampler": "ddpm", "samples__eta": 0.5},
         {"negatives__seed": 5, "negatives__rand": "ring"},
-        {"negatives__rule": "null", "negatives__pool": 4, "negatives__count": 2},
+        {"negatives__rule": "null", "negatives__pool": 4},
+        {"negatives__rule": "rand", "negatives__rand": "ring", "negatives__seed": 5},
         {"negatives__weights": "rank"},
-        {"samples__lower_bound": 0.3, "samples__safe": True},
+        {"samples__lower_bound": 0.3},
         {
             "samples__w": 0.0,
             "samples__weight": "piecewise",

@@ -201,7 +201,19 @@ def test_an_interval_includes_its_ends():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0:1", "0.1:1 1:0", "0:1 0.9:0", "0:1 0.6:1 0.4:0 1:0", "0:1 1", "0:one 1:0", "0:nan 1:0"]
+    "text",
+    [
+        "",
+        "0:1",
+        "0.1:1 1:0",
+        "0:1 0.9:0",
+        "0:1 0.6:1 0.4:0 1:0",
+        "0:1 1",
+        "0:one 1:0",
+        "0:nan 1:0",
+        "0:-1 1:1",
+        "0:1 1:9",
+    ],
 )
 def test_curves_that_make_no_sense_are_refused(text):
     with pytest.raises(ConfigError, match="t/T rising from 0 to 1"):

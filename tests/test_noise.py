@@ -135,3 +135,18 @@ def test_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     gaussian(1, [2], [3], 4, (5,))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_devices_agree():
+    identities, replicates = torch.arange(64), torch.arange(64) % 7
+    here, there = (
+        gaussian(11, identities, replicates, 999, (3, 16, 16), device).cpu() for device in ("cpu", "cuda")
+    )
+    difference = (here.view(torch.int32) - there.view(torch.int32)).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    counter = tuple(torch.arange(4096, device="cuda") * k for k in (1, 3, 5, 7))
+    for word, same in zip(
+        philox4x32(counter, (1, 2)), philox4x32(tuple(c.cpu() for c in counter), (1, 2)), strict=True
+    ):
+        assert torch.equal(word.cpu(), same)

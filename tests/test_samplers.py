@@ -3,7 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+)
 from diffusion_reference import DATA, reference, reference_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +22,7 @@ from negfacediff_core.diffusion.samplers import (
     dpm_solver,
     dpm_solver_2s,
 )
-from negfacediff_core.diffusion.schedule import cosine, linear, schedule_from_config
+from negfacediff_core.diffusion.schedule import cosine, cosine_warped, linear, schedule_from_config
 from negfacediff_core.errors import ConfigError
 
 WEIGHT_NAMES = {"const": "constant", "adaptive": "adaptive", "reverse": "reverse"}
@@ -47,11 +52,39 @@ def test_schedules_equal_the_reference(name):
 
 def test_schedules_come_from_a_release_configuration():
     assert torch.equal(schedule_from_config({"T": 25, "schedule_type": "linear"}).betas, linear(25).betas)
-    options = {"T": 40, "schedule_type": "cosine", "schedule_k": 2, "schedule_beta_max": 0.5}
-    assert torch.equal(schedule_from_config(options).betas, cosine(40, k=2, beta_max=0.5).betas)
-    for wrong in ({"schedule_type": "sigmoid"}, {"T": 0}, {"T": "many"}):
-        with pytest.raises(ConfigError, match=r"diffusion\."):
-            schedule_from_config(wrong)
+    options = {"T": 40, "schedule_k": 2, "schedule_beta_min": 0.01, "schedule_beta_max": 0.5}
+    warped = schedule_from_config({**options, "schedule_type": "Cosine_Warped"})
+    assert torch.equal(warped.betas, cosine_warped(40, 2, 0.01, 0.5).betas)
+    # the plain one has neither k nor a lowest beta, whatever the release says
+    plain = schedule_from_config({**options, "schedule_type": "cosine"})
+    assert torch.equal(plain.betas, cosine(40, 0.5).betas)
+
+
+@pytest.mark.parametrize("k", [0.5, 1.0, 3.0])
+def test_the_warped_cosine_has_its_closed_form(k):
+    T, s = 50, 0.008
+    angles = [math.pi / 2 * (t / T + s) / (1 + s) ** k for t in range(T + 1)]
+    found = cosine_warped(T, k, 0.0, 0.999).alpha_bars
+    for t in range(T - 1):  # the last beta is clipped
+        assert found[t].item() == pytest.approx((math.cos(angles[t + 1]) / math.cos(angles[0])) ** 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"schedule_type": "sigmoid"},
+        {"T": 0},
+        {"T": "many"},
+        {"schedule_type": "cosine_warped", "schedule_k": float("nan")},
+        {"schedule_type": "cosine_warped", "schedule_k": 0},
+        {"schedule_type": "cosine_warped", "schedule_k": "2"},
+        {"schedule_type": "cosine_warped", "schedule_beta_min": 0.2},
+        {"schedule_type": "cosine", "schedule_beta_max": 5},
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"diffusion\."):
+        schedule_from_config(wrong)
 
 
 @pytest.mark.parametrize("steps", [10, 20])
@@ -61,7 +94,7 @@ def test_ddim_equals_the_reference(steps, kind):
     file = reference("ddim_T1000")
     unet = reference_unet(file)
     for form, alpha in (("reference", "paper"), ("textbook", "exact")):
-        for w in (0.0, 0.5, 1.0) if steps == 10 and kind == "const" else (1.0,):
+        for w in (0.0, 0.5, 1.0):
             eps_model = away_from_the_negative(file, unet, kind, w, 1000)
             found = ddim(eps_model, file.arrays["x_T"], linear(1000), no_noise, steps, ddim_alpha=alpha)
             expected = file.arrays[f"x0/{form}/steps{steps}/w{w}/{kind}"]
@@ -89,6 +122,12 @@ def test_ddim_visits_the_reference_trajectory_with_and_without_noise():
     before = file.arrays["steps/reference/steps10/w0.5/const/x_before_step"]
     for (_, _, x), expected in zip(visited[:-1], before[1:], strict=True):
         assert torch.allclose(x, expected, rtol=0, atol=1e-4)
+    for name, context in (
+        ("no_negative", unet.project_context(file.arrays["context"])),
+        ("context_none", unet.project_empty(len(x_T))),
+    ):
+        plain = ddim(guided(unet, context), x_T, linear(1000), no_noise, 10, 0.0, "paper")
+        assert torch.allclose(plain, file.arrays[f"x0/reference/steps10/{name}"], rtol=0, atol=1e-4), name
     recorded = dict(zip(range(900, -100, -100), file.arrays["noise/steps10/eta0.5"], strict=True))
     noisy = ddim(eps_model, x_T, linear(1000), recorded.__getitem__, 10, 0.5, "paper")
     expected = file.arrays["x0/reference/steps10/w0.5/const/eta0.5"]
@@ -109,16 +148,15 @@ def ddpm_reference(name, weights, schedule, kinds):
 
 @torch.inference_mode()
 def test_ddpm_equals_the_reference():
-    cases = [(0.5, "const"), (0.5, "adaptive"), (1.0, "reverse")]
+    cases = [(w, kind) for w in (0.0, 0.5, 1.0) for kind in WEIGHT_NAMES]
     for found, expected in ddpm_reference("ddpm_T25", "ddpm_T25", linear(25), cases):
         assert torch.allclose(found, expected, rtol=0, atol=2e-3)  # values reach 141
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["const", pytest.param("reverse", marks=pytest.mark.slow)])
 @torch.inference_mode()
-def test_ddpm_equals_the_reference_over_a_thousand_steps():
-    cases = [(0.5, "const"), (0.5, "reverse")]
-    for found, expected in ddpm_reference("ddpm_T1000", "ddim_T1000", linear(1000), cases):
+def test_ddpm_equals_the_reference_over_a_thousand_steps(kind):
+    for found, expected in ddpm_reference("ddpm_T1000", "ddim_T1000", linear(1000), [(0.5, kind)]):
         assert torch.allclose(found, expected, rtol=0, atol=5e-5)
 
 
@@ -208,6 +246,37 @@ def test_ddim_equals_diffusers(steps):
     for t in theirs.timesteps.tolist():
         x = theirs.step(wavy_eps(x, t), t, x).prev_sample
     assert torch.allclose(ddim(wavy_eps, start, linear(1000), no_noise, steps), x, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noisy_ddim_equals_diffusers(eta):
+    theirs = DDIMScheduler(
+        1000, 1e-4, 0.02, "linear", clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    theirs.set_timesteps(25)
+    numbers = torch.Generator().manual_seed(5)
+    start = torch.randn(4, 3, generator=numbers, dtype=torch.float64)
+    drawn = {t: torch.randn(4, 3, generator=numbers, dtype=torch.float64) for t in theirs.timesteps.tolist()}
+    x = start
+    for t, z in drawn.items():
+        x = theirs.step(wavy_eps(x, t), t, x, eta=eta, variance_noise=z).prev_sample
+    found = ddim(wavy_eps, start, linear(1000), drawn.__getitem__, 25, eta)
+    assert torch.allclose(found, x, rtol=0, atol=1e-4)
+
+
+def test_ddpm_equals_diffusers(monkeypatch):
+    theirs = DDPMScheduler(100, 1e-3, 0.2, "linear", variance_type="fixed_large", clip_sample=False)
+    numbers = torch.Generator().manual_seed(5)
+    start = torch.randn(4, 3, generator=numbers, dtype=torch.float64)
+    drawn = {t: torch.randn(4, 3, generator=numbers, dtype=torch.float64) for t in range(99, 0, -1)}
+    x = start
+    for t in range(99, -1, -1):
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, t=t, **__: drawn[t]
+        )
+        x = theirs.step(wavy_eps(x, t), t, x).prev_sample
+    found = ddpm(wavy_eps, start, linear(100), drawn.__getitem__)
+    assert torch.allclose(found, x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 15, 20, 27])

@@ -102,6 +102,8 @@ def test_classifier_free_guidance_needs_a_learned_empty_context(tiny_build, tmp_
     [
         ({"samples__weight": "piecewise"}, "the weight piecewise needs `curve`"),
         ({"samples__curve": "0:1 1:0"}, "the weight constant needs no `curve`"),
+        ({"samples__safe": True}, "safe bounds the turn of a transform"),
+        ({"negatives__rule": "null", "negatives__count": 2}, "names nobody, so that count must be 1, not 2"),
         ({"samples__interval_low": 0.7, "samples__interval_high": 0.2}, "interval_low is 0.7"),
     ],
 )

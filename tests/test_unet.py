@@ -3,10 +3,17 @@ import torch
 from diffusion_reference import TINY_MODEL, described, manifest, randomised, reference, reference_unet
 
 from negfacediff_core.diffusion.blocks import MODULATIONS
+from negfacediff_core.diffusion.schedule import schedule_from_config
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError, ContextsError
 
-CONDITIONAL = ["unet_tiny_ca", "unet_tiny_adagn", "unet_tiny_addplusgn", "unet_tiny_diffae"]
+CONDITIONAL = [
+    "unet_tiny_ca",
+    "unet_tiny_ca_min32",
+    "unet_tiny_adagn",
+    "unet_tiny_addplusgn",
+    "unet_tiny_diffae",
+]
 TOLERANCE = 3e-5
 
 
@@ -24,8 +31,11 @@ def test_full_size_state_dict_is_that_of_the_release(name):
     expected = manifest(name)
     with torch.device("meta"):
         unet = ConditionalUNet(**expected["model_config"])
-    keys = [row for row in expected["keys"] if row[0].startswith("eps_model.")]
-    assert described(unet, "eps_model.") == keys
+    schedule = schedule_from_config({"T": expected["T"], **expected["schedule"]})
+    constants = [[key, list(value.shape), "float32"] for key, value in schedule.buffers().items()]
+    network = described(unet, "eps_model.")
+    assert [row for row in expected["keys"] if row[0].startswith("eps_model.")] == network
+    assert [row for row in expected["keys"] if not row[0].startswith("eps_model.")] == constants
     found = sum(parameter.numel() for parameter in unet.parameters())
     assert found == PARAMETERS[name] == expected["unet_param_count"]
 
@@ -52,7 +62,9 @@ def test_predictions_equal_the_reference(name):
             }
     assert found.keys() == file.arrays.keys() - {"x_t", "t", "context", "negative_context", "dropout_mask"}
     for key, value in found.items():
-        assert torch.allclose(value, file.arrays[key], rtol=0, atol=TOLERANCE), key
+        expected = file.arrays[key]
+        assert torch.allclose(value, expected, rtol=0, atol=TOLERANCE), key
+        assert (value - expected).norm() < 1e-5 * expected.norm(), key
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -62,8 +74,9 @@ def test_projected_contexts_give_what_contexts_give(name):
     context, negative = file.arrays["context"], file.arrays["negative_context"]
     with torch.inference_mode():
         both = unet.project_context(context).concat(unet.project_context(negative))
-        found = unet(x, t, both.take(torch.tensor([4, 0, 5])))
-        expected = unet(x, t, torch.stack([negative[1], context[0], negative[2]]))
+        order = torch.tensor([4, 0, 5]) if len(x) == 3 else torch.tensor([3, 0])
+        found = unet(x, t, both.take(order))
+        expected = unet(x, t, torch.cat([context, negative])[order])
         empty = unet(x, t, unet.project_empty(len(x)))
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     assert torch.allclose(empty, file.arrays["eps_none"], rtol=0, atol=TOLERANCE)
@@ -203,6 +216,16 @@ def test_a_bfloat16_network_takes_and_gives_float32():
 def test_impossible_configurations_are_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
         ConditionalUNet(**TINY_MODEL | wrong)
+
+
+def test_contexts_and_latents_must_go_together():
+    unet = randomised(ConditionalUNet(**TINY_MODEL))
+    x, t = torch.randn(3, 3, 8, 8), torch.tensor([1])
+    for count in (1, 2, 4):
+        with pytest.raises(ContextsError, match=f"{count} contexts do not go with 3 latents"):
+            unet(x, t, torch.randn(count, 16))
+    with pytest.raises(ContextsError, match="no dropout mask"):
+        unet(x, t, unet.project_context(torch.randn(3, 16)), torch.tensor([True, False, False]))
 
 
 def test_contexts_that_do_not_fit_are_refused():

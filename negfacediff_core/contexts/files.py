@@ -94,12 +94,31 @@ def load_identities(path: str | Path) -> IdentityDistribution:
             with np.load(path, allow_pickle=False) as file:
                 if "mean" in file and "covariance" in file:
                     shrinkage = float(file["shrinkage"]) if "shrinkage" in file else 0.0
-                    return IdentityDistribution(file["mean"], file["covariance"], shrinkage)
+                    return _checked(path, IdentityDistribution(file["mean"], file["covariance"], shrinkage))
+        except ContextsError:
+            raise
         except Exception as error:  # as above
             raise _unreadable(path, error) from error
     reference = load_contexts(path).contexts
     check_contexts(reference, reference.shape[-1])
     return fit_identities(normalise(reference))
+
+
+def _checked(path: Path, distribution: IdentityDistribution) -> IdentityDistribution:
+    mean, covariance, _ = distribution
+    fits = mean.ndim == 1 and covariance.shape == (mean.size, mean.size)
+    numbers = mean.dtype.kind == "f" and covariance.dtype.kind == "f"
+    if not (fits and numbers and np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ContextsError(
+            f"the contexts file {path} holds a mean {mean.shape} {mean.dtype} and a covariance "
+            f"{covariance.shape} {covariance.dtype}: they must be finite floating-point numbers of shapes (W,) "
+            "and (W, W)"
+        )
+    if not mean.any() and not covariance.any():
+        raise ContextsError(
+            f"the contexts file {path} describes a single point without direction: all is zero"
+        )
+    return distribution
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | tuple[()]]:

@@ -43,10 +43,11 @@ def parse_curve(text: str) -> Curve:
     except ValueError:
         points = ()
     at = [u for u, _ in points]
-    if len(points) < 2 or at[0] != 0 or at[-1] != 1 or at != sorted(at) or not np.isfinite(points).all():
+    within = all(0 <= factor <= 1 for _, factor in points)
+    if len(points) < 2 or at[0] != 0 or at[-1] != 1 or at != sorted(at) or not within:
         raise ConfigError(
-            f"the curve of the weight is {text!r}: give points t/T:factor with t/T rising from 0 to 1, such "
-            "as '0:1 0.5:1 1:0'."
+            f"samples.curve is {text!r}: give points t/T:factor with t/T rising from 0 to 1 and factors from "
+            "0 to 1, such as '0:1 0.5:1 1:0'."
         )
     return points
 

@@ -4,9 +4,10 @@ Everything is computed in float64 and only cast where it meets the network, beca
 decades.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,35 +63,34 @@ def linear(T: int) -> NoiseSchedule:
     return NoiseSchedule(torch.linspace(scale * 1e-4, scale * 0.02, T, dtype=torch.float64))
 
 
-def cosine(T: int, k: float = 1.0, beta_min: float = 0.0, beta_max: float = 0.1) -> NoiseSchedule:
-    """beta_t = 1 - f(t + 1) / f(t) in [beta_min, beta_max], f(t) = cos((t/T + s) / (1 + s) pi/2)^2k, s =
-    .008.
+def cosine(T: int, beta_max: float = 0.1) -> NoiseSchedule:
+    """beta_t = 1 - f(t + 1) / f(t), at most beta_max, f(t) = cos((t/T + s) / (1 + s) pi/2)^2, s = .008.
 
-    With k = 1 this is the schedule of arXiv 2102.09672; IDiff-Face clips at 0.1.
+    The schedule of arXiv 2102.09672, which IDiff-Face clips at 0.1.
+    """
+    return cosine_warped(T, 1.0, 0.0, beta_max)
+
+
+def cosine_warped(T: int, k: float = 1.0, beta_min: float = 0.0, beta_max: float = 0.1) -> NoiseSchedule:
+    """The cosine schedule with its time warped, f(t) = cos((t/T + s) / (1 + s)^k pi/2)^2, and betas in
+    [beta_min, beta_max] (arXiv 2308.04995): a larger k ends with more of the signal left.
     """
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * (torch.pi / 2)) ** (2 * k)
+    f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) ** k * (torch.pi / 2)).square()
     return NoiseSchedule((1.0 - f[1:] / f[:-1]).clamp(beta_min, beta_max))
 
 
-def _linear_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
-    return linear(T)
+class Kind(NamedTuple):
+    """A row of the table: the schedule, and the `schedule_*` keys of a release that it reads."""
+
+    schedule: Callable[..., NoiseSchedule]
+    options: tuple[str, ...] = ()
 
 
-def _cosine_from(T: int, config: Mapping[str, Any]) -> NoiseSchedule:
-    options = {}
-    for name in ("k", "beta_min", "beta_max"):
-        value = config.get(f"schedule_{name}")
-        if isinstance(value, int | float):
-            options[name] = float(value)
-        elif value is not None:
-            raise ConfigError(f"diffusion.schedule_{name} is {value!r}; it must be a number.")
-    return cosine(T, **options)
-
-
-SCHEDULES: dict[str, Callable[[int, Mapping[str, Any]], NoiseSchedule]] = {
-    "linear": _linear_from,
-    "cosine": _cosine_from,
+SCHEDULES: dict[str, Kind] = {
+    "linear": Kind(linear),
+    "cosine": Kind(cosine, ("beta_max",)),
+    "cosine_warped": Kind(cosine_warped, ("k", "beta_min", "beta_max")),
 }
 
 
@@ -98,13 +98,29 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     """Build the schedule that the `diffusion` section of a release describes: `T`, `schedule_type`,
     `schedule_*`.
 
-    Raises `ConfigError` for an unknown type or an impossible T.
+    The case of the type does not matter. Raises `ConfigError` for an unknown type, an impossible T, or
+    numbers that no schedule has.
     """
     kind, T = config.get("schedule_type", "linear"), config.get("T", 1000)
-    if not isinstance(kind, str) or kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind.lower() not in SCHEDULES:
         raise ConfigError(
             f"diffusion.schedule_type is {kind!r}; choose one of {', '.join(sorted(SCHEDULES))}."
         )
     if not isinstance(T, int) or not 21 <= T < 1 << 24:
         raise ConfigError(f"diffusion.T is {T!r}; it must be a whole number of timesteps from 21 to 2^24.")
-    return SCHEDULES[kind](T, config)
+    schedule, names = SCHEDULES[kind.lower()]
+    given = {name: config.get(f"schedule_{name}") for name in names}
+    options = {name: _number(name, value) for name, value in given.items() if value is not None}
+    beta_min, beta_max = options.get("beta_min", 0.0), options.get("beta_max", 0.1)
+    if not (0 <= beta_min < beta_max < 1 and options.get("k", 1.0) > 0):
+        raise ConfigError(
+            f"diffusion.schedule_beta_min is {beta_min:g}, schedule_beta_max {beta_max:g} and schedule_k "
+            f"{options.get('k', 1.0):g}; they must be 0 <= beta_min < beta_max < 1 and k > 0."
+        )
+    return schedule(T, **options)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"diffusion.schedule_{name} is {value!r}; it must be a finite number.")
+    return float(value)

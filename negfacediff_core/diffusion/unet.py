@@ -201,6 +201,14 @@ class ConditionalUNet(nn.Module):
             context = self.project_empty(len(x))
         elif isinstance(context, Tensor):
             context = self.project_context(context, dropout_mask)
+        elif dropout_mask is not None:
+            raise ContextsError(
+                "Projected contexts take no dropout mask: mark the rows while projecting them."
+            )
+        if context.rows % len(x):
+            raise ContextsError(
+                f"{context.rows} contexts do not go with {len(x)} latents: give each as many."
+            )
         time = self.time_emb(t)
         h = self.image_proj(x.to(self.dtype))
         skips = [h]

@@ -135,7 +135,7 @@ def _generate(spec: StageSpec, device: str, batch_size: int) -> Generate:
     """Return a function that makes images with no context, by DDIM."""
     weight, steps = spec.weights["generator"], spec.config["steps"]
     generator = generator_of(weight, device)
-    if generator.context_width and not generator.unet.learn_empty_context:
+    if generator.unet.is_context_conditional and not generator.unet.learn_empty_context:
         raise WeightsError(
             f"the generator {weight.path} makes faces of given identities alone: it is conditional and has "
             "learned no empty context; set contexts.generator to an unconditional one."

@@ -54,8 +54,8 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
     width = generator_of(generator_weight(build.samples.generator), "cpu").context_width
     if width == 0:
         raise WeightsError(
-            f"the generator {build.samples.generator} is unconditional: it takes no identity contexts; give "
-            "one that was trained with contexts."
+            f"the generator {build.samples.generator} takes no identity contexts: it is unconditional, or of "
+            "numbered classes; give one that was trained with the vectors of a recogniser."
         )
     identities = max(build.identities, build.negatives.pool)
     weights = weights_of(build)

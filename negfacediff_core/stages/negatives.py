@@ -35,6 +35,8 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
     """Describe the stage; `build.negatives.pool` must have been resolved to a number of identities."""
     settings, contexts = build.negatives, upstream["contexts"]
     options = {option: getattr(settings, option) for option in OPTIONS[settings.rule]}
+    if options.get("rand") == "ring":
+        del options["seed"]  # nothing is drawn
     count = options.get("count", 1)
     if options and settings.pool < count + 1:
         raise ConfigError(
