@@ -94,7 +94,7 @@ def spreads(store: str, most: int) -> Iterator[Spread]:
 
 
 def _source(spec: "StageSpec") -> str:
-    """The name of the source; of a fitted one, how far its covariance was shrunk if the file is still there."""
+    """The source; of a fitted one, how far its covariance was shrunk if the file is still there."""
     from negfacediff_core.contexts import load_identities
 
     name, weight = spec.config["source"], spec.weights.get("contexts")

@@ -111,7 +111,7 @@ def _checked(path: Path, distribution: IdentityDistribution) -> IdentityDistribu
     if not (fits and numbers and np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ContextsError(
             f"the contexts file {path} holds a mean {mean.shape} {mean.dtype} and a covariance "
-            f"{covariance.shape} {covariance.dtype}: they must be finite floating-point numbers of shapes (W,) "
+            f"{covariance.shape} {covariance.dtype}: they must be finite floating-point numbers, (W,) "
             "and (W, W)"
         )
     if not mean.any() and not covariance.any():
