@@ -5,7 +5,6 @@ waits for them all; running the same build again after any interruption is there
 """
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -16,9 +15,9 @@ from prefect.utilities.annotations import quote
 from rich.console import Console
 
 from flows.progress import Meter, show_progress
-from flows.results import figures_of, publish, record_run, report_of, write_page
+from flows.results import figures_of, publish, record_run, report_of, seconds_of, write_page
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.errors import BuildError
+from negfacediff_core.errors import BuildError, PlaceError
 from negfacediff_core.stages import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import pending
@@ -52,16 +51,16 @@ def build_dataset(
 
     Whatever can be is checked before work starts (ConfigError, WeightsError, ContextsError, StoreError).
     BuildError, naming units and logs, if some still fail when the rounds (`execution.retries`) are used up.
-    Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` of this run.
+    Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` that work on its
+    units took, in this run or others.
     """
-    begun = time.time()
     check_available(execution)
     specs = stages_of(build, store)
     for spec in specs.values():
         prepare(spec)
     record_run(build, specs, store)
     _run_stages(specs, execution, f"Building {build.name} in {store}")
-    seconds = time.time() - begun
+    seconds = seconds_of(specs.values())
     record_run(build, specs, store, seconds)
     figures = figures_of(build.name, specs)
     report = report_of(f"Dataset {build.name}", [figures], specs, seconds)
@@ -100,14 +99,26 @@ def _run_stages(specs: Mapping[str, StageSpec], execution: ExecutionConfig, titl
 
 
 def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
-    """Run rounds over the units that the stages `specs` lack; raises BuildError when rounds are used up."""
+    """Run rounds over the units that the stages `specs` lack.
+
+    Raises:
+        BuildError: when the rounds are used up, or at once where nothing can be written any more.
+    """
     failures: list[Failure] = []
     rounds = crew.execution.retries + 1
     for attempt in range(rounds):
         lines = pending_lines(specs)
         if not lines:
             return
-        failures = _run_round(lines, attempt, crew)
+        # A unit that kills its worker takes along what runs beside it: in the end each has a chance alone.
+        last = attempt == rounds - 1
+        suspects = {failure.unit for failure in failures if failure.worker_died and last}
+        alone = [line for line in lines if line.unit.name in suspects]
+        together = [line for line in lines if line.unit.name not in suspects]
+        try:
+            failures = _run_round(together, attempt, crew) + _run_alone(alone, attempt, crew)
+        except PlaceError as error:
+            raise BuildError(f"The build stopped. {error}") from error
     if left := pending_lines(specs):
         raise BuildError(_describe_failures(failures, len(left), rounds))
 
@@ -136,6 +147,14 @@ def _run_round(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]
         for number, chunk in enumerate(chunks, start=1)
     ]
     return [failure for future in futures for failure in future.result()]
+
+
+def _run_alone(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
+    """Run lines one after the other in one chunk, when nothing else runs."""
+    if not lines:
+        return []
+    label = f"{len(lines)} alone"
+    return run_chunk.submit(label, quote(lines), attempt, quote(crew), window=1, return_state=False).result()
 
 
 def _describe_failures(failures: Sequence[Failure], left: int, rounds: int) -> str:

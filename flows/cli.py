@@ -1,21 +1,35 @@
 """The `negfacediff` command. Heavy imports stand inside the commands, so that help comes at once."""
 
-import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.command import (
+    DEFAULTS,
+    BatchSize,
+    Device,
+    Executor,
+    Retries,
+    Threads,
+    Verbose,
+    Workers,
+    build_in,
+    check,
+    execution_of,
+    print_figures,
+    print_places,
+    show_log,
+)
 from flows.contexts import contexts
 from flows.pack import app as pack_app
+from flows.store import COMMANDS
 from flows.weights import app as weights_app
-from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError
 
 BAD_INPUT, BUILD_FAILED = 2, 1
-_EXECUTION = ExecutionConfig()
 
 app = typer.Typer(
     name="negfacediff",
@@ -27,23 +41,6 @@ app = typer.Typer(
     "contexts.\n\nStart with [bold]negfacediff demo[/bold]: it builds two small datasets from the same "
     "contexts and noise, without and with a negative, and compares them.",
 )
-app.command(epilog="Example: negfacediff contexts demo/store")(contexts)
-app.add_typer(pack_app, name="pack")
-app.add_typer(weights_app, name="weights")
-
-Executor = Annotated[
-    str,
-    typer.Option(
-        help="Where units run: threads (of this process), dask (local processes), cuda (a process a GPU), or "
-        "the address of a Dask scheduler, tcp://host:8786."
-    ),
-]
-Workers = Annotated[int, typer.Option(help="Workers; 0 is one a core or GPU.")]
-Threads = Annotated[int, typer.Option(help="CPU threads of each worker.")]
-BatchSize = Annotated[int, typer.Option(help="Images a batch; 0 fits the device.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Retries = Annotated[int, typer.Option(help="Further rounds over units that failed.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 
 
 @app.command(
@@ -67,12 +64,12 @@ def build(
             "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
         ),
     ] = None,
-    executor: Executor = _EXECUTION.executor,
-    workers: Workers = _EXECUTION.workers,
-    threads_per_worker: Threads = _EXECUTION.threads_per_worker,
-    batch_size: BatchSize = _EXECUTION.batch_size,
-    device: Device = _EXECUTION.device,
-    retries: Retries = _EXECUTION.retries,
+    executor: Executor = DEFAULTS.executor,
+    workers: Workers = DEFAULTS.workers,
+    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    device: Device = DEFAULTS.device,
+    retries: Retries = DEFAULTS.retries,
     verbose: Verbose = False,
 ) -> None:
     """Build a dataset, or finish one: contexts, negatives, samples, aligned crops, embeddings, evaluation.
@@ -83,29 +80,19 @@ def build(
     from flows.presets import load_build
 
     config = load_build(preset, set_ or [])
-    execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
-    _check([config], store, execution)
-    _log(verbose)
-    from flows.build import build_dataset
-    from flows.launch import launch
-
-    result = launch(build_dataset, build=config, execution=execution, store=store)
-    _print_figures([result["figures"]])
-    stages = result["stages"]
-    _print_places(
-        images=stages["samples"], crops=stages["aligned"], report=f"{stages['evaluation']}/report.html"
-    )
+    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
+    build_in(store, config, execution, verbose)
 
 
 @app.command(epilog="Example: negfacediff demo --out demo --executor dask")
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the store, the report and the pictures.")] = "demo",
-    executor: Executor = _EXECUTION.executor,
-    workers: Workers = _EXECUTION.workers,
-    threads_per_worker: Threads = _EXECUTION.threads_per_worker,
-    batch_size: BatchSize = _EXECUTION.batch_size,
-    device: Device = _EXECUTION.device,
-    retries: Retries = _EXECUTION.retries,
+    executor: Executor = DEFAULTS.executor,
+    workers: Workers = DEFAULTS.workers,
+    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
+    batch_size: BatchSize = DEFAULTS.batch_size,
+    device: Device = DEFAULTS.device,
+    retries: Retries = DEFAULTS.retries,
     verbose: Verbose = False,
 ) -> None:
     """Build two small datasets from the same contexts and noise, w = 0 and w = 0.5, and compare them.
@@ -114,15 +101,15 @@ def demo(
     """
     from flows.presets import demo_builds, demo_store
 
-    execution = _execution(executor, workers, threads_per_worker, batch_size, device, retries)
-    _check(demo_builds(), demo_store(out), execution)
-    _log(verbose)
+    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
+    check(demo_builds(), demo_store(out), execution)
+    show_log(verbose)
     from flows.demo import demo as demo_flow
     from flows.launch import launch
 
     report = launch(demo_flow, out=out, execution=execution)
-    _print_figures(report["datasets"])
-    _print_places(
+    print_figures(report["datasets"])
+    print_places(
         report=f"{out}/report.html",
         figures=f"{out}/report.json",
         pictures=f"{out}/histogram.png, {out}/contact_sheet.png",
@@ -137,13 +124,14 @@ def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a 
     what is pending takes at the rate so far.
     """
     from flows.progress import clock_text
-    from negfacediff_core.errors import StoreError
+    from negfacediff_core.store.status import check_store
     from negfacediff_core.store.status import status as read_status
 
+    check_store(store)
     stages = read_status(store)
-    if not stages:
-        raise StoreError(f"There is no store at {store}: no stage directory lies there. Check the path.")
-    table = Table("stage", "fingerprint", "runs", box=None, pad_edge=False)
+    table = Table("stage", box=None, pad_edge=False)
+    table.add_column("fingerprint", no_wrap=True, min_width=16)
+    table.add_column("runs")
     for column in ("done", "pending", "failed", "rows/s", "left"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in stages:
@@ -189,61 +177,18 @@ def fields() -> None:
     Console().print(table)
 
 
+# Behind the commands above, which people need first.
+app.command(epilog="Example: negfacediff contexts demo/store")(contexts)
+for _name, _command in COMMANDS.items():
+    app.command(_name, epilog=_command.epilog)(_command.run)
+app.add_typer(weights_app, name="weights")
+app.add_typer(pack_app, name="pack")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. An error that a user can mend is one paragraph on stderr and an exit code."""
     try:
         app(arguments)
     except NegFaceDiffError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {str(error).rstrip('.')}.", file=sys.stderr)
         sys.exit(BUILD_FAILED if isinstance(error, BuildError) else BAD_INPUT)
-
-
-def _execution(
-    executor: str, workers: int, threads_per_worker: int, batch_size: int, device: str, retries: int
-) -> ExecutionConfig:
-    from flows.presets import check_execution
-
-    return check_execution(
-        {
-            "executor": executor,
-            "workers": workers,
-            "threads_per_worker": threads_per_worker,
-            "batch_size": batch_size,
-            "device": device,
-            "retries": retries,
-        }
-    )
-
-
-def _check(builds: list[BuildConfig], store: str, execution: ExecutionConfig) -> None:
-    """Check all inputs, as the flow does: here an error comes before Prefect starts."""
-    from negfacediff_core.stages import plan_build
-    from tasks.executors import check_available
-
-    check_available(execution)
-    for one in builds:
-        plan_build(one, store)
-
-
-def _log(verbose: bool) -> None:
-    """Let Prefect's log through to the console; takes effect where Prefect has not been imported yet."""
-    if verbose:
-        os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
-
-
-def _print_figures(datasets: list[dict[str, Any]]) -> None:
-    """Print the datasets' figures side by side, a column a dataset."""
-    from flows.results import figure_rows
-
-    table = Table("", *(dataset["name"] for dataset in datasets), box=None, header_style="bold")
-    for row in figure_rows(datasets):
-        table.add_row(*row)
-    console = Console()
-    console.print()
-    console.print(table)
-    console.print()
-
-
-def _print_places(**places: str) -> None:
-    for label, place in places.items():
-        print(f"{label:<9}{place}")

@@ -37,12 +37,12 @@ def contexts(
     """Show how close the identities of every run in a store are to each other, beside a uniform draw.
 
     worst is the cosine of the closest pair, nearest the mean cosine of an identity to its nearest other one;
-    the columns uniform hold the same of as many contexts drawn uniformly. No arrangement has a worst
-    cosine below the bound. Reads what is stored; runs whose contexts are not complete are left out.
+    of uniform stands the same of as many contexts drawn uniformly. No arrangement has a worst cosine below
+    the bound. Reads what is stored; runs whose contexts are not complete are left out.
     """
     table = Table("run", box=None, pad_edge=False)
     table.add_column("source", no_wrap=True)
-    for column in ("identities", "worst", "uniform", "pair", "nearest", "uniform", "bound"):
+    for column in ("identities", "worst", "of uniform", "pair", "nearest", "of uniform", "bound"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in spreads(store, most):
         table.add_row(
@@ -50,7 +50,7 @@ def contexts(
             one.source,
             f"{one.identities:,}",
             *(f"{cosine:.3f}" for cosine in (one.worst, one.uniform_worst)),
-            "{} {}".format(*one.pair),
+            "{}, {}".format(*one.pair),
             *(f"{cosine:.3f}" for cosine in (one.mean, one.uniform_mean, one.bound)),
         )
     if not table.row_count:

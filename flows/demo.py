@@ -1,7 +1,6 @@
 """The flow `demo`: two datasets from the same contexts and noise, without and with a negative."""
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ from prefect import flow
 
 from flows.build import DEFAULT_EXECUTION, build_dataset, stages_of
 from flows.presets import demo_builds, demo_store
-from flows.results import publish, report_of
+from flows.results import publish, report_of, seconds_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.evaluation.plots import contact_sheet, score_histogram
 from negfacediff_core.evaluation.report import render_report
@@ -27,13 +26,13 @@ def demo(out: str = "demo", execution: ExecutionConfig = DEFAULT_EXECUTION) -> d
 
     Returns the report, as `report.json` has it. Raises what `build_dataset` raises.
     """
-    begun = time.time()
     store = demo_store(out)
     builds = demo_builds()
     figures = [build_dataset(build, execution, store)["figures"] for build in builds]
     datasets = [{**one, "name": f"{one['rule']}, w = {one['w']:g}"} for one in figures]
     specs = [stages_of(build, store) for build in builds]
-    report = report_of("Negative contexts: the demo", datasets, specs[-1], time.time() - begun)
+    seconds = seconds_of(spec for stages in specs for spec in stages.values())
+    report = report_of("Negative contexts: the demo", datasets, specs[-1], seconds)
     pictures = _pictures({one["name"]: stages for one, stages in zip(datasets, specs, strict=True)})
     folder = locate(out)
     for name, png in pictures.items():

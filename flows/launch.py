@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from prefect.server.api.server import SubprocessASGIServer
@@ -34,7 +35,7 @@ def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
     except KeyboardInterrupt:
         # The rest is quick, and a second Ctrl-C must not cut it short.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        command = shlex.join(["negfacediff", *sys.argv[1:]])
+        command = shlex.join([os.environ.get("NEGFACEDIFF_COMMAND", "negfacediff"), *sys.argv[1:]])
         print(
             f"\nInterrupted. Finished units are kept; the same command goes on from here:\n  {command}",
             file=sys.stderr,
@@ -60,10 +61,13 @@ def _start_embedded_server() -> None:
 
 
 def _check_server(address: str) -> None:
+    """Raise ConfigError, which shows no password, unless a Prefect server answers at `address`."""
     try:
         httpx.get(f"{address}/health", timeout=10).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        secret = urlsplit(address).netloc.rpartition("@")[0]
+        shown = f"PREFECT_API_URL is {address}, but no Prefect server answers there ({error})"
         raise ConfigError(
-            f"PREFECT_API_URL is {address}, but no Prefect server answers there ({error}): start one with "
-            "`prefect server start`, or unset PREFECT_API_URL to run without."
+            f"{shown.replace(secret, '***') if secret else shown}: start one with `prefect server start`, or "
+            "unset PREFECT_API_URL to run without."
         ) from error

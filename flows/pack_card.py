@@ -20,6 +20,18 @@ from negfacediff_core.tensor_files import read_tensors
 TRAINING = "training"
 _TEMPLATE = Path(__file__).with_suffix(".md")
 NETWORKS = ("recogniser", "judge", "detector", "first-stage", "generator")
+# What the card tells of a network: the key of a figure, its title and form. The rest stands in training/.
+_FIGURES = {
+    "recogniser": (("narrowed_fdr", "FDR", ".1f"), ("narrowed_eer", "EER", ".1%")),
+    "judge": (("fdr", "FDR", ".1f"), ("eer", "EER", ".1%")),
+    "detector": (
+        ("crops_recall", "recall", ".1%"),
+        ("false_positives", "false positives", ".1%"),
+        ("crops_landmark_error", "landmark error in eye distances", ".3f"),
+    ),
+    "first-stage": (("psnr", "PSNR in dB", ".1f"), ("codes_used", "codes used", ".0%")),
+    "generator": (("held_out_loss", "loss", ".3f"), ("parameters", "parameters", ",")),
+}
 _SOURCE_TITLES = {"file": "held-out identities", "fitted": "fitted", "uniform": "uniform"}
 
 
@@ -75,9 +87,7 @@ def _point(row: Any) -> tuple[int, float]:
 def _network_row(network: str, note: Mapping[str, Any]) -> str:
     figures = note["figures"]
     shown = ", ".join(
-        f"{key.replace('_', ' ')} {value:.4g}"
-        for key, value in figures.items()
-        if isinstance(value, float) and key != "seconds"
+        f"{title} {figures[key]:{form}}" for key, title, form in _FIGURES[network] if key in figures
     )
     minutes = f"{figures['seconds'] / 60:.0f} min" if "seconds" in figures else ""
     return f"| {network} | {note['curve'][-1][0]:,} | {minutes} | {shown} |"

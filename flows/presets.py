@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, cast
 
 import yaml
@@ -15,6 +16,11 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml")
+# Wrong fields that a message explains; the rest are counted.
+NAMED = 5
+# What a message shows of a value that somebody typed: a few lines of YAML can stand for gigabytes.
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 
 def preset_texts() -> dict[str, str]:
@@ -36,8 +42,8 @@ def preset_text(name: str) -> str:
     presets = preset_texts()
     if name not in presets:
         raise ConfigError(
-            f"There is no preset {name!r}{_nearest(name, presets)} Presets are {', '.join(presets)}; "
-            "a file of your own ends in .yaml."
+            f"There is no preset {_SHORT.repr(name)}{_nearest(name, presets)} "
+            f"Presets are {', '.join(presets)}; a file of your own ends in .yaml."
         )
     return presets[name]
 
@@ -96,7 +102,9 @@ def check_execution(values: Mapping[str, Any]) -> ExecutionConfig:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Say in one paragraph what pydantic found wrong with the fields of `model`."""
-    return " ".join(_explain_one(dict(detail), model) for detail in error.errors(include_url=False))
+    details = error.errors(include_url=False)
+    more = [f"And {len(details) - NAMED} more."] if len(details) > NAMED else []
+    return " ".join([*(_explain_one(dict(detail), model) for detail in details[:NAMED]), *more])
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -118,17 +126,14 @@ def _read(source: str) -> dict[str, Any]:
     if path.suffix in SUFFIXES:
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
             raise ConfigError(
                 f"The build file {source} cannot be read ({error}): check the path, or name a preset "
                 "(`negfacediff presets` lists them)."
             ) from error
     else:
         text = preset_text(source)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}.") from error
+    values = _parse(text, f"{source} is not YAML")
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -136,22 +141,33 @@ def _read(source: str) -> dict[str, Any]:
     return values
 
 
+def _parse(text: str, wrong: str) -> Any:
+    """Parse YAML of plain values; ConfigError that begins with `wrong` for anything else."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # besides its own error: impossible dates and numbers, mistyped `!!timestamp`, nesting without end
+        raise ConfigError(f"{wrong}: {_clipped(' '.join(str(error).split()))}.") from error
+
+
+def _clipped(said: str) -> str:
+    """Leave out the middle of what another check says, where it repeats a value of any length."""
+    return said if len(said) <= 600 else f"{said[:300]} ... {said[-300:]}"
+
+
 def _apply(values: dict[str, Any], setting: str) -> None:
     """Put one `field=value` into the nested `values`; the value is read as a YAML scalar."""
     name, equals, text = setting.partition("=")
     path = name.strip().split(".")
     if not equals or not all(path):
-        raise ConfigError(f"--set {setting!r} is not field=value: write for example --set samples.w=0.3.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
         raise ConfigError(
-            f"--set {setting!r}: the value is not YAML ({' '.join(str(error).split())})."
-        ) from error
+            f"--set {_SHORT.repr(setting)} is not field=value: write for example --set samples.w=0.3."
+        )
+    value = _parse(text, f"--set {_SHORT.repr(setting)}: the value is not YAML")
     for part in path[:-1]:
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {setting!r}: {part} is a single value and has no fields.")
+            raise ConfigError(f"--set {_SHORT.repr(setting)}: {part} is a single value and has no fields.")
         values = inner
     values[path[-1]] = value
 
@@ -162,10 +178,11 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         if model is BuildConfig and name in ExecutionConfig.model_fields:
             return f"{name} is no part of what is built: give it as the option --{name.replace('_', '-')}."
-        return f"there is no field {name}{_nearest(name, known)} `negfacediff fields` lists all fields."
+        shown = _SHORT.repr(name)[1:-1]
+        return f"there is no field {shown}{_nearest(name, known)} `negfacediff fields` lists all fields."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{message}."
+        return f"{_clipped(message)}."
     message, end = message[0].lower() + message[1:], "."
     if detail["type"] == "enum":
         choices = cast("type[StrEnum]", known[name].annotation)
@@ -176,7 +193,7 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
         example = next(field for field in known if field.startswith(f"{name}."))
         message = f"it has fields of its own: set those, for example {example}"
     meaning = f" {name}: {known[name].description}" if name in known else ""
-    return f"{name} is {detail['input']!r}, but {message}{end}{meaning}"
+    return f"{name} is {_SHORT.repr(detail['input'])}, but {message}{end}{meaning}"
 
 
 def _nearest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -4,20 +4,21 @@ import base64
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
 from negfacediff_core.config import BuildConfig
-from negfacediff_core.evaluation.figures import FIGURES
+from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
 from negfacediff_core.evaluation.report import render_report
-from negfacediff_core.store.layout import StageSpec
+from negfacediff_core.stages.models import PROJECT
+from negfacediff_core.store.layout import StageSpec, Weight
 from negfacediff_core.store.records import read_record, records
 from negfacediff_core.store.runs import write_run
 from negfacediff_core.store.shards import read_file
-from negfacediff_core.store.status import rate
+from negfacediff_core.store.status import rate, seconds_worked
 from negfacediff_core.weights import licence_of
 from tasks.executors import installed_versions
 
@@ -63,17 +64,32 @@ def _settled(build: BuildConfig, specs: Mapping[str, StageSpec]) -> dict[str, An
     return config
 
 
+def seconds_of(specs: Iterable[StageSpec]) -> float:
+    """Return the time that work on the units of the stages took, shared stages once, from their records."""
+    return seconds_worked(
+        record for spec in {spec.path: spec for spec in specs}.values() for record in records(spec)
+    )
+
+
 def licences_of(specs: Mapping[str, StageSpec]) -> list[dict[str, str]]:
     """Return what the weights of the stages say of their licence: `part`, `licence` and `source` of each."""
     weights = {
-        weight.path: f"{name}: {role}"
+        weight.path: (f"{name}: {role}", weight)
         for name, spec in specs.items()
         for role, weight in spec.weights.items()
     }
     return [
-        {"part": part, "licence": licence_of(Path(path)) or _NO_LICENCE, "source": path}
-        for path, part in weights.items()
+        {"part": part, "licence": licence_of(Path(path)) or _NO_LICENCE, "source": _source(weight)}
+        for path, (part, weight) in weights.items()
     ]
+
+
+def _source(weight: Weight) -> str:
+    """Name weights to a reader elsewhere: where they lie in their folder, and the start of their hash."""
+    path = Path(weight.path)
+    place = path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else Path(*path.parts[-2:])
+    digest = next(iter(weight.sha256.values()))
+    return f"{place} (SHA-256 {digest[:12]}...)"
 
 
 _NO_LICENCE = "not stated; a dataset inherits the conditions of its weights"
@@ -95,9 +111,19 @@ def figures_of(name: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
     return {
         "name": name,
         **figures,
+        "settings": _settings(specs),
         "images_per_second": rate(records(specs["samples"])),
         "lineage": lineage,
     }
+
+
+def _settings(specs: Mapping[str, StageSpec]) -> dict[str, Any]:
+    """What a page says of how a dataset was made, beside its rule, weight and sampler."""
+    contexts, negatives, samples = (specs[name].config for name in ("contexts", "negatives", "samples"))
+    shown = {"contexts": contexts["source"], "images of each": specs["samples"].grid.replicates}
+    if negatives.get("pool"):
+        shown |= {"pool": negatives["pool"], "negatives of each": negatives["count"]}
+    return shown | {name: value for name, value in samples.items() if name not in SETTINGS}
 
 
 def report_of(
@@ -109,6 +135,7 @@ def report_of(
         "datasets": list(datasets),
         "seconds": round(seconds, 1),
         "licences": licences_of(specs),
+        "judge": _source(specs["embeddings"].weights["judge"]),
         "device": ", ".join(sorted({record.device for record in records(specs["samples"])})),
         "versions": installed_versions(),
     }

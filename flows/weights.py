@@ -42,8 +42,10 @@ def check(
     The exit code is 0 if a generator can sample, or the networks of a model pack run. Otherwise it is 2 and
     the last paragraph says what is wrong and what to do. No code that a file may hold is ever run.
     """
+    from negfacediff_core.stages.models import resolve_weights
     from negfacediff_core.weights import USUAL_LICENCES, inspect_weights
 
+    folder = resolve_weights(str(folder))
     inspection = inspect_weights(folder)
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(f"[bold]{inspection.kind}[/bold]: {folder}")

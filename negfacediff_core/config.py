@@ -325,7 +325,7 @@ class AlignedConfig(Model):
     detector_size: int = Field(
         default=128, ge=32, le=1280, multiple_of=32, description="Side of the detector's input, in pixels."
     )
-    threshold: float = Field(default=0.5, ge=0, le=1, description="Lowest detection score that is a face.")
+    threshold: float = Field(default=0.5, gt=0, lt=1, description="Lowest detection score that is a face.")
     template: Template = Field(default=Template.arcface, description="Landmark template of the crops.")
 
 

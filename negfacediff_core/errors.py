@@ -21,5 +21,13 @@ class StoreError(NegFaceDiffError):
     """A store that cannot be read or written: read-only, full, damaged, or of a newer schema."""
 
 
+class DamagedError(StoreError):
+    """A file of a store that was read, and is not what was written there."""
+
+
+class PlaceError(StoreError):
+    """A store whose disk is full, read-only or gone: no other unit could be written there either."""
+
+
 class BuildError(NegFaceDiffError):
     """A build that could not finish: the message lists the units that failed and where their logs are."""

@@ -7,7 +7,7 @@ committed, whatever the other units do. A unit that fails is logged beside its s
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.errors import NegFaceDiffError, PlaceError, StoreError
 from negfacediff_core.stages import run_unit
 from negfacediff_core.store.layout import StageSpec, Unit
 from tasks.executors import Pool
@@ -44,6 +44,8 @@ class Failure:
     unit: str
     error: str
     log: str
+    worker_died: bool
+    """Its worker died under it, which another unit of that worker may have caused."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,39 @@ class Crew:
 
 
 @task(name="chunk", task_run_name="{label}", cache_policy=NO_CACHE)
-def run_chunk(label: str, lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
+def run_chunk(
+    label: str, lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = None
+) -> list[Failure]:
     """Take every line through its stages and return those that failed, in the order in which they did.
 
-    `label` is shown by Prefect; `attempt` is the round: a unit that comes back is new work to the pool.
+    `label` is shown by Prefect; the rest is as `drive` takes it.
     """
-    failures = drive(lines, attempt, crew)
+    failures = drive(lines, attempt, crew, window)
     for failure in failures:
         get_run_logger().error("%s (%s)", failure.error, failure.log)
     return failures
 
 
-def drive(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
-    """Do what `run_chunk` does, without Prefect. Raises `CancelledError` when asked to stop."""
+def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = None) -> list[Failure]:
+    """Do what `run_chunk` does, without Prefect.
+
+    Args:
+        lines: units with the stages that they lack.
+        attempt: the round; a unit that comes back is new work to the pool.
+        crew: what runs them.
+        window: lines that are at their first stage at a time; None keeps every worker busy.
+
+    Returns:
+        The units that failed; the line of each ends there.
+
+    Raises:
+        CancelledError: when asked to stop.
+        PlaceError: when a unit could not be committed for a reason that holds for all of them.
+    """
     waiting = deque(lines)
     flights: dict[Future[Any], tuple[Line, int]] = {}
     failures: list[Failure] = []
-    window = WINDOW_PER_WORKER * crew.pool.workers
+    window = window or WINDOW_PER_WORKER * crew.pool.workers
 
     while waiting or flights:
         # Only lines at their first stage count: a GPU never waits because later stages lag behind.
@@ -87,13 +105,16 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
 
         done, _ = wait(flights, timeout=TICK, return_when=FIRST_COMPLETED)
         if crew.stop.is_set():
-            for future in flights:
-                future.cancel()
+            _cancel(flights)
             raise CancelledError("the build was asked to stop")
         for future in done:
             line, position = flights.pop(future)
             spec = line.specs[position]
             error = future.exception()
+            if isinstance(error, PlaceError):
+                # the others would be computed, for minutes each, and then be lost as well
+                _cancel(flights)
+                raise error
             if error is not None:
                 failures.append(_log_failure(spec, line.unit, error))
                 continue
@@ -101,6 +122,11 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
             if position + 1 < len(line.specs):
                 flights[_launch(line, position + 1, attempt, crew)] = (line, position + 1)
     return failures
+
+
+def _cancel(flights: Iterable["Future[Any]"]) -> None:
+    for future in flights:
+        future.cancel()
 
 
 def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[Any]":
@@ -120,8 +146,15 @@ def _log_failure(spec: StageSpec, unit: Unit, error: BaseException) -> Failure:
     """Write the traceback to `<stage directory>/logs/<unit>.txt`, over that of the unit's failure before."""
     text = "".join(traceback.format_exception(error))
     path = f"logs/{unit.name}.txt"
-    spec.location.write_atomic(path, text.encode())
-    # errors of the project name their unit; what happened to a worker (KilledWorker) does not
-    known = isinstance(error, NegFaceDiffError)
-    what = str(error) if known else f"{spec.name} {unit.name}: {type(error).__name__}: {error}"
-    return Failure(spec.name, unit.name, what, f"{spec.directory}/{path}")
+    log = f"{spec.directory}/{path}"
+    try:
+        spec.location.write_atomic(path, text.encode())
+    except StoreError as trouble:
+        # what stopped the unit matters more than what kept its log from being written
+        log = f"none: {trouble}"
+    kind = type(error).__name__
+    worker_died = kind == "KilledWorker"
+    cause = "its worker died: out of memory, a crash, or a lost machine" if worker_died else str(error)
+    # errors of the project name their unit
+    what = str(error) if isinstance(error, NegFaceDiffError) else f"{spec.name} {unit.name}: {kind}: {cause}"
+    return Failure(spec.name, unit.name, what, log, worker_died)

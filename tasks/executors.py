@@ -73,8 +73,11 @@ def _local_workers(execution: ExecutionConfig) -> int:
 
 
 def check_available(execution: ExecutionConfig) -> None:
-    """Raise ConfigError if this machine lacks what `execution` asks for; a scheduler is asked when used."""
-    if execution.device.startswith("cuda") and "://" not in execution.executor:
+    """Raise ConfigError if this machine, or the scheduler, lacks what `execution` asks for."""
+    if "://" in execution.executor:
+        with _connected(execution.executor):
+            return
+    if execution.device.startswith("cuda"):
         _count_gpus(f"The device {execution.device}", "the device cpu")
     if execution.executor == "cuda":
         if find_spec("dask_cuda") is None:
@@ -143,19 +146,25 @@ def cuda(execution: ExecutionConfig) -> Iterator[Pool]:
 @contextmanager
 def address(execution: ExecutionConfig) -> Iterator[Pool]:
     """Run units on the workers of the Dask scheduler whose address `execution.executor` is."""
+    with _dask_settings(), _connected(execution.executor) as client, _dask_pool(client) as pool:
+        yield pool
+
+
+@contextmanager
+def _connected(where: str) -> Iterator["Client"]:
+    """Yield a client of the scheduler at `where`, which has workers with the versions that are here."""
     from distributed import Client
 
     try:
-        client = Client(execution.executor, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = Client(where, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"No Dask scheduler answers at {execution.executor} ({error}): start one with `dask scheduler`, "
+            f"No Dask scheduler answers at {where} ({error}): start one with `dask scheduler`, "
             "or check the address and the network."
         ) from error
-    with _dask_settings(), client:
-        _check_workers(client, execution.executor)
-        with _dask_pool(client) as pool:
-            yield pool
+    with client:
+        _check_workers(client, where)
+        yield client
 
 
 EXECUTORS: dict[str, Callable[[ExecutionConfig], AbstractContextManager[Pool]]] = {

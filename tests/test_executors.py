@@ -4,10 +4,14 @@ import os
 import threading
 import time
 from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 from distributed import LocalCluster
+from noted_units import NOTES, build_small, count, promises, results, start
+from small_stage import make_spec
 
+from flows.command import check
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
 from tasks import executors
@@ -78,6 +82,67 @@ def test_a_worker_that_dies_fails_its_own_piece_alone():
         assert "KilledWorker" in type(futures[3].exception()).__name__
 
 
+def built(store: Path, folder: Path, **execution) -> int:
+    """Make eight units of the small stage in a process of its own; return its exit code."""
+    process = start(build_small, store, folder, ExecutionConfig(device="cpu", **execution), 8)
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def by_one_thread(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one-thread")
+    assert built(folder / "store", folder, workers=1) == 0
+    return folder / "store"
+
+
+def test_all_executors_make_the_same_bytes(by_one_thread, cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv(NOTES, str(tmp_path))  # the workers of that cluster are in this process
+    with LocalCluster(
+        n_workers=1, threads_per_worker=3, protocol="tcp://", processes=False, dashboard_address="127.0.0.1:0"
+    ) as threaded:
+        ways = {
+            "threads": {"workers": 3},
+            "dask": {"executor": "dask", "workers": 2},
+            "cluster": {"executor": cluster.scheduler_address},
+            "threaded": {"executor": threaded.scheduler_address},
+        }
+        for name, way in ways.items():
+            assert built(tmp_path / name, tmp_path / f"{name}-notes", **way) == 0
+    whole = make_spec(by_one_thread, identities=32)
+    for name in ways:
+        assert results(tmp_path / name) == results(by_one_thread), name
+        assert promises([make_spec(tmp_path / name, identities=32)]) == promises([whole]), name
+
+
+def test_poisoned_units_fail_alone_are_named_with_their_logs_and_can_follow(by_one_thread, tmp_path):
+    """One raises, another kills its worker whenever it is tried: the rest is made around them."""
+    store, notes = tmp_path / "store", tmp_path / "notes"
+    spec = make_spec(store, identities=32)
+    notes.mkdir()
+    poison = {"00002-000": "raise", "00005-000": "die"}
+    for unit, how in poison.items():
+        (notes / f"samples-{unit}").write_text(how)
+
+    assert built(store, notes, executor="dask", workers=2) == 1
+    assert {unit for _, unit in promises([spec])} == {unit.name for unit in spec.grid.units()} - set(poison)
+    error = (notes / "error.txt").read_text()
+    assert error.startswith("2 units are not done after 3 rounds: ")
+    assert "samples 00002-000: OSError: poisoned (log " in error
+    assert "samples 00005-000: KilledWorker: its worker died: out of memory" in error
+    for unit, words in (("00002-000", "OSError: poisoned"), ("00005-000", "KilledWorker")):
+        log = Path(spec.directory, "logs", f"{unit}.txt")
+        assert str(log) in error
+        assert words in log.read_text()
+    assert {count(notes, "start")["samples", unit] for unit in poison} == {3}
+
+    kept = promises([spec])
+    assert built(store, tmp_path / "later", executor="threads", workers=2) == 0
+    assert count(tmp_path / "later", "start") == {("samples", unit): 1 for unit in poison}
+    assert promises([spec]).items() >= kept.items()
+    assert results(store) == results(by_one_thread)
+
+
 def test_one_thread_feeds_the_gpu_while_others_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "uses_gpu", lambda device: True)
     both_at_once = threading.Barrier(2, timeout=10)
@@ -136,4 +201,13 @@ def test_a_gpu_that_is_not_there_is_missed_before_work_starts(monkeypatch: pytes
     with pytest.raises(ConfigError, match="The device cuda:1 needs an NVIDIA GPU"):
         check_available(ExecutionConfig(device="cuda:1"))
     check_available(ExecutionConfig(device="cpu"))
-    check_available(ExecutionConfig(executor="tcp://elsewhere:8786", device="cuda"))
+
+
+def test_a_scheduler_that_does_not_answer_is_missed_before_work_starts(
+    monkeypatch: pytest.MonkeyPatch, tiny_build, tmp_path
+):
+    monkeypatch.setattr("tasks.executors.CONNECT_SECONDS", 0.5)
+    execution = ExecutionConfig(executor="tcp://127.0.0.1:1", device="cuda")
+    with pytest.raises(ConfigError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:1"):
+        check([tiny_build], str(tmp_path / "store"), execution)
+    assert not (tmp_path / "store").exists()

@@ -1,17 +1,26 @@
 """Fingerprints: what changes the result moves its place, and nothing else does."""
 
+import inspect
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from context_material import save_generator_with_empty_context, save_pack, save_pictures
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
-from stage_builds import changed
+from stage_builds import changed, planned
 
+from negfacediff_core import config
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplerSettings
-from negfacediff_core.stages import STAGES, plan_build
+from negfacediff_core.stages import STAGES, plan_build, run_unit
+from negfacediff_core.store.shards import read_arrays, read_rows
 
 # What the sources of contexts that embed images must be given.
 FOLDER = {"contexts__source": "folder", "contexts__folder": "FILE", "contexts__recogniser": "FILE"}
@@ -116,6 +125,17 @@ def others(tiny_pack, tmp_path_factory):
     return folder
 
 
+def from_stage(first):
+    """The stages that move with `first`: itself and all that are made of it."""
+    names = list(STAGES)
+    return [] if first is None else names[names.index(first) :]
+
+
+def moved_by(before, after, store):
+    pairs = zip(plan_build(before, str(store)), plan_build(after, str(store)), strict=True)
+    return [old.name for old, new in pairs if old.fingerprint != new.fingerprint]
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_only_what_changes_the_result_moves_its_place(field, tiny_build, others, tmp_path):
     value, first, setting = FIELDS[field]
@@ -134,36 +154,254 @@ def test_only_what_changes_the_result_moves_its_place(field, tiny_build, others,
         before["contexts__source"] = "file"
     base = changed(tiny_build, **before)
     other = changed(base, **{field: real(field, value)})
-    pairs = zip(plan_build(base, str(tmp_path)), plan_build(other, str(tmp_path)), strict=True)
-    moved = [old.name for old, new in pairs if old.fingerprint != new.fingerprint]
-    names = list(STAGES)
-    assert moved == ([] if first is None else names[names.index(first) :])
+    assert moved_by(base, other, tmp_path) == from_stage(first)
+
+
+# Where the tiny build takes fewer values than the field does. Its generator has 50 timesteps.
+NARROWER = {
+    "identities": (5, 60),
+    "images": (1, 60),
+    "negatives__count": (1, 4),
+    "negatives__pool": (5, 60),
+    "samples__steps": (1, 50),
+}
+
+
+def numbers_of(name):
+    """A strategy for the values of a numeric field, by its declared bounds; None for other fields."""
+    *sections, last = name.split("__")
+    model = BuildConfig
+    for section in sections:
+        model = model.model_fields[section].annotation
+    field = model.model_fields[last]
+    if field.annotation not in (int, float):
+        return None
+    bounds = {type(bound): bound for bound in field.metadata}
+    low = bounds[Ge].ge if Ge in bounds else bounds[Gt].gt
+    high = bounds[Le].le if Le in bounds else bounds[Lt].lt
+    if field.annotation is float:
+        return st.floats(low, high, exclude_min=Gt in bounds, exclude_max=Lt in bounds)
+    high -= Lt in bounds
+    step = bounds[MultipleOf].multiple_of if MultipleOf in bounds else 1
+    low, high = NARROWER.get(name, (low, high))
+    return st.integers(-(-low // step), high // step).map(lambda number: number * step)
+
+
+NUMBERS = {name: found for name in FIELDS if (found := numbers_of(name)) is not None}
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_two_numbers_of_a_field_have_two_places_or_one(data, tiny_build, tmp_path_factory):
+    """As above, for every number that a field takes; those of the context sources that read files aside."""
+    name = data.draw(st.sampled_from([name for name in NUMBERS if "FILE" not in FIELDS[name][2].values()]))
+    _, first, setting = FIELDS[name]
+    values = data.draw(st.tuples(NUMBERS[name], NUMBERS[name]))
+    assume(values[0] != values[1])
+    if name == "contexts__max_cosine":
+        values = [0.8 + abs(value) / 10 for value in values]  # what five contexts can be drawn for
+    if name == "contexts__count":
+        values = [5 + value % 1000 for value in values]
+    assume(values[0] != values[1])
+    others = {"negatives__pool": 5} if name == "identities" else {}
+    pair = [changed(tiny_build, **{**setting, **others, name: value}) for value in values]
+    assert moved_by(*pair, tmp_path_factory.mktemp("store")) == from_stage(first)
 
 
 def test_how_a_build_runs_is_no_part_of_it():
     assert not set(ExecutionConfig.model_fields) & set(BuildConfig.model_fields)
+    assert set(inspect.signature(plan_build).parameters) == {"build", "store"}
+
+
+#: Every field of how a build runs, with another value than the default.
+EXECUTION = {
+    "executor": "dask",
+    "workers": 3,
+    "threads_per_worker": 2,
+    "batch_size": 1,
+    "device": "cpu",
+    "retries": 0,
+}
+
+
+def test_the_table_of_execution_is_complete():
+    models = [
+        model
+        for _, model in inspect.getmembers(config, inspect.isclass)
+        if issubclass(model, config.Model) and model is not config.Model
+    ]
+    sections = {field.annotation for field in BuildConfig.model_fields.values()}
+    assert {model for model in models if model not in sections} == {BuildConfig, ExecutionConfig}
+    assert set(EXECUTION) == set(ExecutionConfig.model_fields)
+    default = ExecutionConfig()
+    assert all(getattr(default, name) != value for name, value in EXECUTION.items())
+
+
+@pytest.fixture(scope="module")
+def one_unit(tiny_build, tmp_path_factory):
+    """The first samples of the tiny build, made as the defaults say but for the device."""
+    return first_samples(tiny_build, ExecutionConfig(device="cpu"), tmp_path_factory.mktemp("one"))
+
+
+def first_samples(build, execution, store):
+    specs = planned(build, store)
+    for name in ("contexts", "negatives", "samples"):
+        run_unit(specs[name], specs[name].grid.units()[0], execution)
+    torch.set_num_threads(1)
+    samples = specs["samples"]
+    unit = samples.grid.units()[0]
+    return samples.path, read_arrays(samples, unit)["image"], read_rows(samples, unit).drop(["clipped"])
+
+
+@pytest.mark.parametrize("field", EXECUTION)
+def test_how_a_build_runs_changes_neither_place_nor_pixels(field, one_unit, tiny_build, tmp_path):
+    execution = ExecutionConfig(**{"device": "cpu", field: EXECUTION[field]})
+    path, images, rows = first_samples(tiny_build, execution, tmp_path)
+    assert path == one_unit[0]
+    # Another batch size or number of threads adds in another order.
+    assert np.abs(images.astype(int) - one_unit[1]).max() <= (field in ("batch_size", "threads_per_worker"))
+    assert rows.equals(one_unit[2])
+
+
+#: Settings under which a field has no effect, by the settings: fields with other values.
+INERT = [
+    (
+        {"samples__sampler": "ddpm"},
+        {"samples__steps": 7, "samples__eta": 0.5, "samples__ddim_alpha": "paper"},
+    ),
+    ({"samples__sampler": "ddim"}, {"samples__final_noise": "paper"}),
+    *(
+        (
+            {"samples__sampler": sampler},
+            {"samples__eta": 0.5, "samples__ddim_alpha": "paper", "samples__final_noise": "paper"},
+        )
+        for sampler in ("dpm_solver", "dpm_solver_2s")
+    ),
+    (
+        {"samples__w": 0.0},
+        {"samples__weight": "adaptive", "samples__interval_low": 0.2, "samples__interval_high": 0.7},
+    ),
+    ({"samples__w": 0.0}, {"samples__weight": "piecewise", "samples__curve": "0:1 1:0"}),
+    ({"samples__transform": "none"}, {"samples__lower_bound": 0.3}),
+    (
+        {"negatives__rule": "null"},
+        {
+            "negatives__pool": 4,
+            "negatives__weights": "rank",
+            "negatives__seed": 5,
+            "negatives__rand": "ring",
+            "negatives__mid": "paper",
+        },
+    ),
+    *(
+        (
+            {"negatives__rule": rule},
+            {"negatives__seed": 5, "negatives__rand": "ring", "negatives__weights": "rank"},
+        )
+        for rule in ("far", "close", "mid")
+    ),
+    *(({"negatives__rule": rule}, {"negatives__mid": "paper"}) for rule in ("far", "close", "rand")),
+    ({"contexts__source": "file", "contexts__file": "FILE"}, {"contexts__seed": 7}),
+    (FOLDER, {"contexts__seed": 7}),
+]
+# A curve goes with the weight that follows it.
+ALONE = [
+    (base, name, value)
+    for base, inert in INERT
+    if "samples__curve" not in inert
+    for name, value in inert.items()
+]
+
+
+def set_all(build, changes, others):
+    """The build with `changes`, in which FILE stands for one of its kind."""
+    real = {
+        key: str(next((others / "FILE").glob(f"{key.partition('__')[2]}*"))) if value == "FILE" else value
+        for key, value in changes.items()
+    }
+    return changed(build, **real)
+
+
+@pytest.mark.parametrize(("base", "inert"), INERT)
+def test_settings_without_effect_move_nothing_together(base, inert, tiny_build, others, tmp_path):
+    before, after = set_all(tiny_build, base, others), set_all(tiny_build, base | inert, others)
+    assert moved_by(before, after, tmp_path) == []
+
+
+@pytest.mark.parametrize(("base", "name", "value"), ALONE)
+def test_settings_without_effect_move_nothing_alone(base, name, value, tiny_build, others, tmp_path):
+    before, after = set_all(tiny_build, base, others), set_all(tiny_build, base | {name: value}, others)
+    assert moved_by(before, after, tmp_path) == []
+
+
+# --- weights -----------------------------------------------------------------------------------------------
+
+#: Every field that is a path, with the source that reads it.
+PATHS = {
+    "contexts__file": {"contexts__source": "file"},
+    "contexts__folder": FOLDER,
+    "contexts__recogniser": FOLDER,
+    "contexts__generator": TWO_STAGE,
+    "samples__generator": {},
+    "aligned__detector": {},
+    "embeddings__judge": {},
+}
+
+
+def test_the_table_of_paths_is_complete():
+    assert {name for name, (value, _, _) in FIELDS.items() if value == "OTHER"} == set(PATHS)
+
+
+@pytest.mark.parametrize("field", PATHS)
+def test_the_same_files_elsewhere_move_nothing(field, tiny_build, others, tmp_path):
+    given_file = {field: "FILE"} if field.startswith("contexts") else {}
+    base = set_all(tiny_build, PATHS[field] | given_file, others)
+    section, name = field.split("__")
+    path = getattr(getattr(base, section), name)
+    copy = tmp_path / "elsewhere" / "copy"
+    if Path(path).is_dir():
+        shutil.copytree(path, copy)
+    else:
+        copy = copy.with_suffix(".npz")
+        copy.parent.mkdir()
+        shutil.copy(path, copy)
+    assert moved_by(base, changed(base, **{field: str(copy)}), tmp_path / "store") == []
+
+
+def another_weight(path):
+    """Change one number of a state dict."""
+    state = torch.load(path, weights_only=True)
+    key = next(key for key, value in state.items() if value.is_floating_point() and "alpha" not in key)
+    state[key].view(-1)[0] += 1
+    torch.save(state, path)
+
+
+def another_comment(path):
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(content) + "# the same, in other bytes\n")
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("file", "change", "moves"),
     [
-        {"samples__sampler": "ddpm", "samples__steps": 7},
-        {"samples__sampler": "ddpm", "samples__eta": 0.5},
-        {"negatives__seed": 5, "negatives__rand": "ring"},
-        {"negatives__rule": "null", "negatives__pool": 4},
-        {"negatives__rule": "rand", "negatives__rand": "ring", "negatives__seed": 5},
-        {"negatives__weights": "rank"},
-        {"samples__lower_bound": 0.3},
-        {
-            "samples__w": 0.0,
-            "samples__weight": "piecewise",
-            "samples__curve": "0:1 1:0",
-            "samples__interval_low": 0.2,
-        },
+        (".hydra/config.yaml", another_comment, True),
+        ("checkpoints/ema_averaged_model.ckpt", another_weight, True),
+        ("first_stage_decoder_state_dict.pt", another_weight, True),
+        ("first_stage_encoder_state_dict.pt", another_weight, False),  # nothing is encoded
     ],
 )
-def test_settings_without_effect_move_nothing(changes, tiny_build, tmp_path):
-    kept = {key: value for key, value in changes.items() if key in KINDS}
-    without = plan_build(changed(tiny_build, **kept), str(tmp_path))
-    together = plan_build(changed(tiny_build, **changes), str(tmp_path))
-    assert [spec.fingerprint for spec in without] == [spec.fingerprint for spec in together]
+def test_every_file_that_images_depend_on_moves_them(file, change, moves, tiny_build, tmp_path):
+    folder = shutil.copytree(tiny_build.samples.generator, tmp_path / "generator")
+    change(folder / file)
+    after = changed(tiny_build, samples__generator=str(folder))
+    assert moved_by(tiny_build, after, tmp_path / "store") == (from_stage("samples") if moves else [])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_code_that_makes_something_else_moves_its_stage(stage, tiny_build, tmp_path, monkeypatch):
+    before = plan_build(tiny_build, str(tmp_path))
+    module = inspect.getmodule(STAGES[stage].plan)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    after = plan_build(tiny_build, str(tmp_path))
+    moved = [old.name for old, new in zip(before, after, strict=True) if old.fingerprint != new.fingerprint]
+    assert moved == from_stage(stage)

@@ -16,9 +16,9 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import demo as demo_module
 from flows.build import build_dataset
+from flows.cli import BUILD_FAILED, main
 from flows.demo import demo
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.errors import BuildError
 from negfacediff_core.evaluation.figures import check_report
 from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.store.records import records
@@ -103,8 +103,8 @@ def test_a_unit_that_fails_once_comes_back_in_the_next_round(tiny_build, tmp_pat
     assert set(calls.values()) == {1}
 
 
-def test_a_unit_that_always_fails_is_named_with_its_log_and_stops_no_other(
-    tiny_build, tmp_path, calls, monkeypatch
+def test_a_unit_that_always_fails_is_named_with_its_log_stops_no_other_and_fails_the_command(
+    tiny_build, tmp_path, calls, monkeypatch, capsys
 ):
     counted = chunks.run_unit
 
@@ -115,10 +115,16 @@ def test_a_unit_that_always_fails_is_named_with_its_log_and_stops_no_other(
         return counted(spec, unit, execution)
 
     monkeypatch.setattr(chunks, "run_unit", poisoned)
-    with pytest.raises(BuildError, match=r"samples 00001-000: OSError: a lasting trouble") as failure:
-        build_dataset(tiny_build, THREADS.model_copy(update={"retries": 1}), str(tmp_path))
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(yaml.safe_dump(tiny_build.model_dump()))
+    options = ["--workers", "2", "--device", "cpu", "--retries", "1"]
+    with pytest.raises(SystemExit) as stop:
+        main(["build", str(preset), "--store", str(tmp_path), *options])
+    assert stop.value.code == BUILD_FAILED
+    said = capsys.readouterr().err
+    assert "Error: 1 units are not done after 2 rounds: samples 00001-000: OSError: a lasting trouble" in said
     assert calls["samples", "00001-000"] == 2
-    log = str(failure.value).split("(log ")[1].split(")")[0]
+    log = said.split("(log ")[1].split(")")[0]
     assert "a lasting trouble" in Path(log).read_text()
     embeddings = {spec.name: spec for spec in plan_build(tiny_build, str(tmp_path))}["embeddings"]
     assert len(records(embeddings)) == 5

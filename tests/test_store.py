@@ -113,24 +113,11 @@ def test_a_part_of_a_shard_is_refused(tmp_path):
     arrays, rows = content_of(spec, Unit(0, 0))
     short = {**arrays, "image": arrays["image"][:, :2]}
     with pytest.raises(StoreError, match=r"takes the whole image as \(4, 4, 5, 5, 3\)"):
-        zarr_arrays.write_unit(spec, Unit(0, 0), short)
+        zarr_arrays.encode_unit(spec, Unit(0, 0), short)
     with pytest.raises(StoreError, match=r"holds \['image', 'embedding'\]"):
-        zarr_arrays.write_unit(spec, Unit(0, 0), {"image": arrays["image"]})
+        zarr_arrays.encode_unit(spec, Unit(0, 0), {"image": arrays["image"]})
     with pytest.raises(StoreError, match="columns"):
-        tables.write_part(spec, Unit(0, 0), rows.drop_columns(["error"]))
-
-
-def test_a_full_disk_under_zarr_is_explained(tmp_path, monkeypatch):
-    spec = make_spec(tmp_path)
-    shards.prepare(spec)
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("zarr.storage._local._put", fail)
-    with pytest.raises(StoreError, match="disk is full"):
-        commit(spec, Unit(0, 0))
-    assert records.pending(spec) == spec.grid.units()
+        tables.encode_part(spec, rows.drop_columns(["error"]))
 
 
 def test_temporary_files_are_not_listed(tmp_path):

@@ -1,90 +1,71 @@
 """A process is really killed at every step of every commit; the rerun must equal an uninterrupted run."""
 
-import hashlib
-import multiprocessing
-import os
 import signal
-from pathlib import Path
 
 import pytest
+from noted_units import promises, results, stamps, start
 from small_stage import commit, make_spec
 
-from negfacediff_core.store import faults, records, shards
+from negfacediff_core.store import records, shards
 
-# Modules are imported once, in the fork server, which has no thread that a fork could cut in two.
-PROCESSES = multiprocessing.get_context("forkserver")
+FILES = ("arrays.zarr/image/c", "arrays.zarr/embedding/c", "rows/part", "done/")
 
 
-def build(store: str, kill_at: int, steps: multiprocessing.Queue) -> None:
-    """Make every pending unit of a small stage; die at step `kill_at`, or report the steps at the end."""
-    taken: list[str] = []
-
-    def observe(step: str) -> None:
-        if len(taken) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        taken.append(step)
-
-    faults.hook = observe
-    os.fsync = lambda handle: None  # a killed process, unlike a dead machine, loses nothing written
+def build(store: str) -> None:
+    """Make every pending unit of a small stage, one after the other."""
     spec = make_spec(store)
     shards.prepare(spec)
     for unit in records.pending(spec):
         commit(spec, unit)
-    steps.put(taken)
 
 
-def run(store: Path, kill_at: int = -1) -> tuple[int | None, list[str]]:
-    """Run `build` in a process of its own; return its exit code and, if it came to the end, its steps."""
-    steps = PROCESSES.Queue()
-    process = PROCESSES.Process(target=build, args=(str(store), kill_at, steps))
-    process.start()
+def run(store, folder, kill_at=None) -> tuple[int | None, list[str]]:
+    """Run `build` in a process of its own; return its exit code and the steps that it took."""
+    process = start(build, store, folder, kill_at=kill_at)
     process.join()
-    return process.exitcode, steps.get(timeout=10) if process.exitcode == 0 else []
-
-
-def content(store: Path) -> dict[str, str]:
-    """Hash of every file that holds results: not records, which hold times, nor what killed writers leave."""
-    files = [path for path in store.rglob("*") if path.is_file()]
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if not path.name.startswith(".") and path.suffix != ".partial" and path.parent.name != "done"
-    }
+    steps = folder / "steps.txt"
+    return process.exitcode, steps.read_text().splitlines() if steps.exists() else []
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    PROCESSES.set_forkserver_preload(
-        ["negfacediff_core.store.status", "negfacediff_core.store.shards", "hypothesis", "pytest"]
-    )
-    store = tmp_path_factory.mktemp("uninterrupted")
-    code, steps = run(store)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, steps = run(folder / "store", folder)
     assert code == 0
-    return content(store), steps
+    return folder / "store", steps
 
 
 def test_the_steps_come_in_the_order_of_the_contract(uninterrupted):
+    """Shards, rows, record; each is begun, half written, whole, and then has its name."""
     _, steps = uninterrupted
-    first_unit = [step for step in steps if "stage.json" not in step][: len(steps) // 2]
-    places = [step.split()[1].split("/")[0] for step in first_unit]
-    kinds = list(dict.fromkeys(places))
-    assert kinds == ["arrays.zarr", "rows", "done"]
-    assert len(steps) == 2 + 2 * (2 + 2 + 2)
+    first_unit, second_unit = (
+        [step for step in steps if "json" not in step or "done/" in step][:16],
+        steps[-16:],
+    )
+    for unit in (first_unit, second_unit):
+        expected = [(kind, file) for file in FILES for kind in ("write", "half", "rename", "renamed")]
+        assert [step.split()[0] for step in unit] == [kind for kind, _ in expected]
+        assert all(step.split()[1].startswith(file) for step, (_, file) in zip(unit, expected, strict=True))
+    assert len(steps) == 16 + 2 * 16
 
 
-@pytest.mark.parametrize("kill_at", range(14))
-def test_killed_at_any_step_a_rerun_equals_an_uninterrupted_run(kill_at, uninterrupted, tmp_path):
+def test_killed_at_every_step_in_turn_it_comes_to_equal_an_uninterrupted_run(uninterrupted, tmp_path):
     expected, steps = uninterrupted
-    code, _ = run(tmp_path, kill_at)
-    assert code == -signal.SIGKILL, f"the step {steps[kill_at]} was never taken"
-    done = {unit.name for unit in records.committed(make_spec(tmp_path))}
-    for unit in make_spec(tmp_path).grid.units():
-        if unit.name in done:
-            shards.read_arrays(make_spec(tmp_path), unit)
-            shards.read_rows(make_spec(tmp_path), unit)
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done/*.json")}
-    code, again = run(tmp_path)
-    assert code == 0
-    assert content(tmp_path) == expected
-    assert not any(f"rename done/{name}.json" in again for name in done), "a committed unit was made again"
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    store = tmp_path / "store"
+    spec = make_spec(store)
+    kept: dict = {}
+    for number, step in enumerate(steps):
+        code, taken = run(store, tmp_path / f"life-{number}", kill_at=step)
+        assert (code, taken[-1]) == (-signal.SIGKILL, step)
+        done = {unit.name for unit in records.committed(spec)}
+        # the rename of its record, and nothing before, makes a unit done
+        assert done == {step[-14:-5] for step in steps[: number + 1] if step.startswith("renamed done/")}
+        assert stamps([spec]).items() >= kept.items(), f"{step}: a committed unit was written again"
+        kept = stamps([spec])
+        for unit in records.committed(spec):
+            shards.read_arrays(spec, unit)
+            shards.read_rows(spec, unit)
+    code, taken = run(store, tmp_path / "last")
+    assert (code, taken) == (0, [])
+    assert results(store) == results(expected)
+    assert promises([spec]) == promises([make_spec(expected)])

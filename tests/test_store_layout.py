@@ -8,10 +8,10 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from small_stage import make_spec
+from small_stage import commit, content_of, make_spec
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store import layout, shards
+from negfacediff_core.store import layout, records, runs, shards
 from negfacediff_core.store.layout import Grid, Unit, Weight
 
 
@@ -44,6 +44,43 @@ def test_stage_json_of_another_code_or_schema_is_refused(tmp_path):
         layout.adopt(spec)
     path.write_text(json.dumps({**content, "schema": 2}))
     with pytest.raises(StoreError, match="schema version 2, but this version reads up to 1"):
+        layout.adopt(spec)
+
+
+def test_a_store_of_an_older_schema_keeps_its_places_and_is_read_through_the_table(tmp_path, monkeypatch):
+    spec = make_spec(tmp_path)
+    shards.prepare(spec)
+    record = commit(spec, Unit(0, 0))
+    places = {"samples": {"fingerprint": spec.fingerprint, "identities": 6, "replicates": 4}}
+    runs.write_run(str(tmp_path), "old", {"stages": places})
+    stage = tmp_path / spec.path / "stage.json"
+    stage.write_text(stage.read_text().replace('"per_replicate": true', '"has_replicates": true'))
+
+    def upgrade(content):
+        renamed = {"has_replicates": "per_replicate"}
+        return {renamed.get(name, name): value for name, value in content.items()}
+
+    for module in (layout, records, runs):
+        monkeypatch.setattr(module, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(layout, "READERS", {1: upgrade, 2: dict})
+    spec = make_spec(tmp_path)  # nothing is kept of what was hashed before
+    assert layout.adopt(spec) == spec
+    assert shards.read_rows(spec, Unit(0, 0)).equals(content_of(spec, Unit(0, 0))[1])
+    assert records.read_record(spec, Unit(0, 0)) == record
+    assert runs.read_run(str(tmp_path), "old")["stages"] == places
+    commit(spec, Unit(1, 0))
+    assert [one.unit for one in records.records(spec)] == [Unit(0, 0), Unit(1, 0)]
+    assert json.loads((tmp_path / spec.path / layout.record_path(Unit(1, 0))).read_text())["schema"] == 2
+
+
+def test_a_schema_that_is_no_longer_read_is_refused_with_the_command_that_helps(tmp_path, monkeypatch):
+    spec = make_spec(tmp_path)
+    shards.prepare(spec)
+    monkeypatch.setattr(layout, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(layout, "READERS", {2: dict, 3: dict})
+    with pytest.raises(
+        StoreError, match=r"version 1, but this version reads 2 to 3; .*negfacediff build PRESET"
+    ):
         layout.adopt(spec)
 
 

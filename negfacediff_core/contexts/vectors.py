@@ -83,7 +83,7 @@ def check_enough(contexts: int, identities: int) -> None:
     if contexts < identities:
         raise ContextsError(
             f"{identities} identities were asked for but only {contexts} contexts are given: "
-            "ask for fewer identities or bring more contexts"
+            f"set identities (and negatives.pool) to {contexts} or fewer, or bring more contexts"
         )
 
 

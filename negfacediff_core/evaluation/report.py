@@ -36,6 +36,8 @@ figure { margin: 1.6rem 0; } img { max-width: 100%; height: auto; border: 1px so
 figcaption { font-size: .92rem; margin-top: .4rem; }
 dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; }
 code { font: .86em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+@media (max-width: 34rem) { body { padding: 1.2rem .8rem 3rem; } th, td { padding-right: .4rem; }
+  tbody th { white-space: normal; } .interval, .difference { display: block; margin: 0; } }
 @media print { body { padding: 0; max-width: none; font-size: 11px; } figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } }
 """
@@ -113,7 +115,7 @@ def _lead(datasets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _about(report: Mapping[str, Any]) -> str:
-    parts = [f"{report['seconds']:.0f} s on {_text(report['device'])}"]
+    parts = [f"{report['seconds']:.0f} s of work on {_text(report['device'])}"]
     if "judge" in report:
         parts.append(f"judged by {_text(report['judge'])}")
     return f'<p class="about">{"; ".join(parts)}.</p>'

@@ -1,7 +1,7 @@
 """Networks of an insightface model pack: a folder of ONNX files, told apart by their inputs and outputs."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -136,7 +136,23 @@ def _parse(path: Path, weights: bytes) -> onnx.ModelProto:
         raise WeightsError(
             f"{path} ({len(weights):,} bytes) holds no network: it is empty or not an ONNX file."
         )
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+        # it would be read from wherever this process stands, and is no part of what is hashed
+        raise WeightsError(
+            f"{path} keeps weights in another file, which is not read: store it as one file, with "
+            "onnx.save(onnx.load(path), new_path)."
+        )
     return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All stored tensors of a graph and of the graphs in its nodes."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield attribute.t
+        yield from attribute.tensors
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:

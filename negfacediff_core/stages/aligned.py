@@ -10,7 +10,7 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.align import TEMPLATE_96_LEGACY, TEMPLATE_112, similarity_transform, warp
 from negfacediff_core.faces.detect import Faces
-from negfacediff_core.stages.models import detector_of, network_weight
+from negfacediff_core.stages.models import detector_of, named, network_weight
 from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit
 from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import commit, read_arrays, read_rows
@@ -39,8 +39,9 @@ COLUMNS = (
 def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> StageSpec:
     """Describe the stage; the detector is loaded."""
     settings, samples = build.aligned, upstream["samples"]
-    weight = network_weight(settings.detector, "detection")
-    detector_of(weight, settings.detector_size, settings.threshold, threads=1)
+    with named("aligned.detector"):
+        weight = network_weight(settings.detector, "detection")
+        detector_of(weight, settings.detector_size, settings.threshold, threads=1)
     return StageSpec(
         store=store,
         name="aligned",

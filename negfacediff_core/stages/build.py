@@ -1,12 +1,13 @@
 """The table of stages, and what is done over all of them: planning a build, running a unit of any stage."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.errors import BuildError, NegFaceDiffError
+from negfacediff_core.errors import BuildError, NegFaceDiffError, StoreError
 from negfacediff_core.stages import aligned, contexts, embeddings, evaluation, negatives, samples
 from negfacediff_core.store.layout import StageSpec, Unit, adopt, read_spec
 from negfacediff_core.store.location import locate
@@ -55,6 +56,7 @@ def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
     specs: dict[str, StageSpec] = {}
     for name, stage in STAGES.items():
         specs[name] = adopt(stage.plan(build, store, specs))
+    _cover(specs)
     locate(store).check_writable()
     return list(specs.values())
 
@@ -91,6 +93,25 @@ def _with_pool(build: BuildConfig, store: str) -> BuildConfig:
     drawn = contexts.plan(build, store, {}).fingerprint
     stages = {} if run is None else run["stages"]
     if {"contexts", "negatives"} <= stages.keys() and stages["contexts"]["fingerprint"] == drawn:
-        before = read_spec(store, "negatives", stages["negatives"]["fingerprint"])
-        pool = before.config.get("pool", pool)
+        digest = stages["negatives"]["fingerprint"]
+        if not locate(store).at(f"negatives/{digest}").exists("stage.json"):
+            raise StoreError(
+                f"{store}/negatives/{digest} is missing, which tells the pool that the negatives of "
+                f"{build.name} were picked from; set negatives.pool to the number of identities of its first "
+                "build, and no negative moves."
+            )
+        pool = read_spec(store, "negatives", digest).config.get("pool", pool)
     return build.model_copy(update={"negatives": build.negatives.model_copy(update={"pool": pool})})
+
+
+def _cover(specs: dict[str, StageSpec]) -> None:
+    """Extend contexts and negatives to the end of the last block of samples.
+
+    A last block is filled beyond the dataset's identities, and its length need not divide that of a block of
+    contexts.
+    """
+    samples = specs["samples"].grid
+    end = samples.identities_of(samples.units()[-1]).stop
+    for name in ("contexts", "negatives"):
+        grid = specs[name].grid
+        specs[name] = replace(specs[name], grid=replace(grid, identities=max(grid.identities, end)))

@@ -35,6 +35,7 @@ from negfacediff_core.stages.models import (
     folder_weight,
     generator_of,
     generator_weight,
+    named,
     network_weight,
     resolve_weights,
 )
@@ -67,14 +68,18 @@ def weights_of(build: BuildConfig) -> dict[str, Weight]:
     read = CONTEXT_FIELDS[contexts.source]
     weights = {}
     if contexts.file is not None:
-        weights["contexts"] = _embeddings_weight(contexts.file)
+        with named("contexts.file"):
+            weights["contexts"] = _embeddings_weight(contexts.file)
     if contexts.folder is not None:
-        weights["folder"] = _images_weight(contexts.folder)
+        with named("contexts.folder"):
+            weights["folder"] = _images_weight(contexts.folder)
     if "generator" in read:
-        weights["generator"] = generator_weight(contexts.generator)
+        with named("contexts.generator"):
+            weights["generator"] = generator_weight(contexts.generator)
     if "recogniser" in read:
-        weights["detector"] = network_weight(contexts.recogniser, "detection")
-        weights["recogniser"] = network_weight(contexts.recogniser, "recognition")
+        with named("contexts.recogniser"):
+            weights["detector"] = network_weight(contexts.recogniser, "detection")
+            weights["recogniser"] = network_weight(contexts.recogniser, "recognition")
         trained_with = conditioner_hash(build.samples.generator)
         if trained_with not in (None, weights["recogniser"].sha256["file"]):
             raise ConfigError(

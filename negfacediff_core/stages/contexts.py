@@ -27,7 +27,13 @@ from negfacediff_core.contexts import (
 )
 from negfacediff_core.errors import ContextsError, WeightsError
 from negfacediff_core.stages.context_sources import given_of, settings_of, weights_of
-from negfacediff_core.stages.models import describe_device, device_of, generator_of, generator_weight
+from negfacediff_core.stages.models import (
+    describe_device,
+    device_of,
+    generator_of,
+    generator_weight,
+    named,
+)
 from negfacediff_core.store.layout import ArraySpec, Grid, StageSpec, Unit, read_spec
 from negfacediff_core.store.location import locate
 from negfacediff_core.store.records import Record
@@ -51,7 +57,8 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
     how many identities there are.
     """
     settings = build.contexts
-    width = generator_of(generator_weight(build.samples.generator), "cpu").context_width
+    with named("samples.generator"):
+        width = generator_of(generator_weight(build.samples.generator), "cpu").context_width
     if width == 0:
         raise WeightsError(
             f"the generator {build.samples.generator} takes no identity contexts: it is unconditional, or of "

@@ -9,7 +9,7 @@ import numpy as np
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import ConfigError, WeightsError
 from negfacediff_core.stages.aligned import SIZE
-from negfacediff_core.stages.models import conditioner_hash, embedder_of, network_weight
+from negfacediff_core.stages.models import conditioner_hash, embedder_of, named, network_weight
 from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit
 from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import commit, read_arrays, read_rows
@@ -28,8 +28,9 @@ COLUMNS = (
 def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> StageSpec:
     """Describe the stage; the judge is loaded, and must not be what conditions the generator."""
     settings, aligned = build.embeddings, upstream["aligned"]
-    weight = network_weight(settings.judge, "recognition")
-    judge = embedder_of(weight, threads=1)
+    with named("embeddings.judge"):
+        weight = network_weight(settings.judge, "recognition")
+        judge = embedder_of(weight, threads=1)
     if judge.input_size != SIZE:
         raise WeightsError(
             f"the judge {weight.path} takes crops of {judge.input_size} pixels; give a recogniser of "

@@ -2,7 +2,8 @@
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import negfacediff_core
 from negfacediff_core.diffusion.checkpoint import Generator, load_generator, weight_files
 from negfacediff_core.diffusion.release_config import read_config
-from negfacediff_core.errors import WeightsError
+from negfacediff_core.errors import ContextsError, WeightsError
 from negfacediff_core.faces.detect import Detector, load_detector
 from negfacediff_core.faces.embed import Embedder, load_embedder
 from negfacediff_core.faces.packs import Task, find_network
@@ -37,6 +38,15 @@ def resolve_weights(path: str) -> Path:
     raise WeightsError(
         f"there is nothing at {path}: looked in {Path.cwd()} and {PROJECT}; give the path of the weights."
     )
+
+
+@contextmanager
+def named(field: str) -> Iterator[None]:
+    """Say which field of the build an error of weights or contexts is about."""
+    try:
+        yield
+    except (WeightsError, ContextsError) as error:
+        raise type(error)(f"{field}: {error}") from error
 
 
 def hash_file(path: Path) -> str:

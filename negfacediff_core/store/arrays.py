@@ -1,16 +1,25 @@
-"""The Zarr v3 arrays of a stage directory: one shard a unit, written whole or not at all."""
+"""The Zarr v3 arrays of a stage directory: one shard a unit, written whole or not at all.
 
+Zarr encodes and decodes in memory; whole files go to and from the place by the store's own verbs, so that
+shards are written as everything else is, and what is decoded is what was checked.
+"""
+
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
 from zarr.codecs import BloscCodec
+from zarr.storage import MemoryStore
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store import faults
-from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit, array_path
+from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit, array_path, damaged
 
 # Pixels barely compress and must be quick; numbers compress once bits or bytes are sorted by place.
 _CODECS = {
@@ -18,6 +27,8 @@ _CODECS = {
     "f4": BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
     "i8": BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
 }
+
+_FOLDER = "arrays.zarr"
 
 
 def grow(spec: StageSpec) -> None:
@@ -27,13 +38,59 @@ def grow(spec: StageSpec) -> None:
     """
     if not spec.arrays:
         return
-    with spec.location.explained("write", "arrays.zarr"):
-        group = zarr.open_group(spec.location.zarr_store("arrays.zarr"), mode="a")
-        for array in spec.arrays:
+    paths = ["zarr.json", *(f"{array.name}/zarr.json" for array in spec.arrays)]
+    stored = {
+        path: spec.location.read_bytes(f"{_FOLDER}/{path}")
+        for path in paths
+        if spec.location.exists(f"{_FOLDER}/{path}")
+    }
+    for path, data in _grown(spec, stored).items():
+        if data != stored.get(path):
+            spec.location.write_atomic(f"{_FOLDER}/{path}", data)
+
+
+def damaged_metadata(spec: StageSpec, units: Iterable[Unit]) -> list[str]:
+    """Return the paths of metadata that are not what `grow` writes for arrays that hold `units`."""
+    if not spec.arrays:
+        return []
+    wanted = _grown(covering(spec, units), {})
+    return [f"{_FOLDER}/{path}" for path, data in wanted.items() if not _describes(spec, path, data)]
+
+
+def _describes(spec: StageSpec, path: str, wanted: bytes) -> bool:
+    """Tell whether stored metadata are the `wanted` ones but for a larger shape of whole shards."""
+    if not spec.location.exists(f"{_FOLDER}/{path}"):
+        return False
+    expected = json.loads(wanted)
+    try:
+        stored = json.loads(spec.location.read_bytes(f"{_FOLDER}/{path}"))
+        sizes, least = stored.pop("shape", []), expected.pop("shape", [])
+        shard = expected["chunk_grid"]["configuration"]["chunk_shape"] if least else []
+        whole = all(
+            size >= low and size % step == 0 for size, low, step in zip(sizes, least, shard, strict=True)
+        )
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return whole and stored == expected
+
+
+def covering(spec: StageSpec, units: Iterable[Unit]) -> StageSpec:
+    """Return `spec` with the smallest extent of whole blocks that holds `units`; one block at least."""
+    blocks = [max(places) + 1 for places in zip(Unit(0, 0), *units, strict=True)]
+    grid = spec.grid
+    extent = blocks[0] * grid.block_identities, blocks[1] * grid.block_replicates
+    return replace(spec, grid=replace(grid, identities=extent[0], replicates=extent[1]))
+
+
+def _grown(spec: StageSpec, stored: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the `stored` metadata of the group and the arrays by path, created or enlarged to the extent."""
+    held: dict[str, Buffer] = {path: cpu.Buffer.from_bytes(data) for path, data in stored.items()}
+    with _damage_named(f"{spec.directory}/{_FOLDER}/zarr.json"):
+        group = zarr.open_group(MemoryStore(held), mode="a")
+    for array in spec.arrays:
+        with _damage_named(_metadata_place(spec, array)):
             _grow_array(spec, group, array)
-            spec.location.sync(f"arrays.zarr/{array.name}/zarr.json")
-    spec.location.sync("arrays.zarr/zarr.json")
-    spec.location.sync("stage.json")
+    return {path: metadata.to_bytes() for path, metadata in held.items()}
 
 
 def _grow_array(spec: StageSpec, group: zarr.Group, array: ArraySpec) -> None:
@@ -52,56 +109,95 @@ def _grow_array(spec: StageSpec, group: zarr.Group, array: ArraySpec) -> None:
             chunk_key_encoding={"name": "default", "separator": "."},
         )
         return
-    stored = _open(spec, array, mode="r+")
+    stored = group[array.name]
+    assert isinstance(stored, zarr.Array)
     enlarged = tuple(max(old, new) for old, new in zip(stored.shape, wanted, strict=True))
     if enlarged != stored.shape:
         stored.resize(enlarged)
 
 
-def write_unit(spec: StageSpec, unit: Unit, arrays: Mapping[str, NDArray]) -> None:
-    """Write a unit's whole shard of every array of the stage, durably.
+def encode_unit(spec: StageSpec, unit: Unit, arrays: Mapping[str, NDArray]) -> dict[str, bytes]:
+    """Return a unit's whole shard of every array of the stage, by its path in the stage directory.
 
     Args:
-        spec: the stage.
+        spec: the stage, prepared.
         unit: the unit.
         arrays: by name, `(identities, replicates, *item)` of the unit; no replicates if the stage has none.
 
     Raises:
-        StoreError: if an array is missing, unknown, or has another shape or dtype than the whole shard.
+        StoreError: if an array is missing, unknown, or has another shape or dtype than the whole shard, or if
+            the metadata of the stored array is missing or damaged.
     """
     if set(arrays) != {array.name for array in spec.arrays}:
         raise StoreError(f"{spec.path} holds {[a.name for a in spec.arrays]}, not {sorted(arrays)}.")
-    for array in spec.arrays:
-        values = arrays[array.name]
-        expected = _unit_shape(spec, array, unit)
-        if values.shape != expected or values.dtype != np.dtype(array.dtype):
-            raise StoreError(
-                f"unit {unit.name} of {spec.path} takes the whole {array.name} as {expected} {array.dtype}, "
-                f"not {values.shape} {values.dtype.str[1:]}: a part of a shard would erase the rest of it."
-            )
-        shard = values
-        if missing := spec.grid.block_identities - values.shape[0]:
-            # The block ends at the last identity that exists, but only a whole shard is written unread.
-            shard = np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
-        path = array_path(spec, array, unit)
-        faults.reached(f"write {path}")
-        with spec.location.explained("write", path):
-            stored = _open(spec, array, mode="r+").with_config({"write_empty_chunks": True})
-            stored[_region(spec, array, unit)] = shard
-        spec.location.sync(path)
+    return {
+        array_path(spec, array, unit): _encode(spec, unit, array, arrays[array.name]) for array in spec.arrays
+    }
 
 
-def read_unit(spec: StageSpec, unit: Unit, array: ArraySpec) -> NDArray:
-    """Read a unit's region of an array; the caller has checked that the shard is there and whole."""
-    with spec.location.explained("read", array_path(spec, array, unit)):
-        values = np.asarray(_open(spec, array, mode="r")[_region(spec, array, unit)])
+def _encode(spec: StageSpec, unit: Unit, array: ArraySpec, values: NDArray) -> bytes:
+    expected = _unit_shape(spec, array, unit)
+    if values.shape != expected or values.dtype != np.dtype(array.dtype):
+        raise StoreError(
+            f"unit {unit.name} of {spec.path} takes the whole {array.name} as {expected} {array.dtype}, "
+            f"not {values.shape} {values.dtype.str[1:]}: a part of a shard would erase the rest of it."
+        )
+    if missing := spec.grid.block_identities - values.shape[0]:
+        # The block ends at the last identity that exists, but only a whole shard is written unread.
+        values = np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
+    held: dict[str, Buffer] = {}
+    stored = _open(spec, unit, array, held).with_config({"write_empty_chunks": True})
+    stored[_region(spec, array, unit)] = values
+    return held[_key(spec, unit, array)].to_bytes()
+
+
+def decode_unit(spec: StageSpec, unit: Unit, array: ArraySpec, shard: bytes) -> NDArray:
+    """Return a unit's region of an array out of the bytes of its shard, which the caller has checked.
+
+    Raises:
+        StoreError: if the metadata of the stored array is missing or damaged.
+    """
+    held: dict[str, Buffer] = {_key(spec, unit, array): cpu.Buffer.from_bytes(shard)}
+    stored = _open(spec, unit, array, held)
+    with _damage_named(_metadata_place(spec, array)):
+        values = np.asarray(stored[_region(spec, array, unit)])
     return values[: len(spec.grid.identities_of(unit))]
 
 
-def _open(spec: StageSpec, array: ArraySpec, mode: str) -> zarr.Array:
-    stored = zarr.open_group(spec.location.zarr_store("arrays.zarr"), mode=mode)[array.name]  # type: ignore[arg-type]
-    assert isinstance(stored, zarr.Array)
+def _open(spec: StageSpec, unit: Unit, array: ArraySpec, held: dict[str, Buffer]) -> zarr.Array:
+    """Return a stored array over `held`, shards by key, to which its metadata is added.
+
+    Other metadata than `grow` makes might look elsewhere for the unit's shard, and read zeros.
+    """
+    held["zarr.json"] = cpu.Buffer.from_bytes(spec.location.read_bytes(f"{_FOLDER}/{array.name}/zarr.json"))
+    with _damage_named(_metadata_place(spec, array)):
+        stored = zarr.open_array(MemoryStore(held), mode="r+", zarr_format=3)
+        region = _region(spec, array, unit)
+        position = tuple(part.start // size for part, size in zip(region, stored.shards or (), strict=False))
+        key = stored.metadata.encode_chunk_key((*position, *[0] * len(array.item)))
+        inside = all(part.stop <= size for part, size in zip(region, stored.shape, strict=False))
+        found = (key, stored.shards, stored.dtype, stored.fill_value, inside)
+        wanted = (_key(spec, unit, array), _shape(spec, array, (1, 1)), np.dtype(array.dtype), 0, True)
+        if found != wanted:
+            raise ValueError(f"{found} instead of {wanted}")
     return stored
+
+
+@contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    """Turn whatever Zarr raises for metadata that are not what was written, dozens of types, into one."""
+    try:
+        yield
+    except Exception as error:
+        raise damaged(where) from error
+
+
+def _metadata_place(spec: StageSpec, array: ArraySpec) -> str:
+    return f"{spec.directory}/{_FOLDER}/{array.name}/zarr.json"
+
+
+def _key(spec: StageSpec, unit: Unit, array: ArraySpec) -> str:
+    return array_path(spec, array, unit).rsplit("/", 1)[1]
 
 
 def _shape(spec: StageSpec, array: ArraySpec, blocks: tuple[int, int]) -> tuple[int, ...]:

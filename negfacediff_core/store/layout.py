@@ -10,16 +10,24 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from negfacediff_core.errors import StoreError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
+
+from negfacediff_core.errors import DamagedError, StoreError
 from negfacediff_core.store.location import Location, locate
 
+# What the JSON files of a store are written in, and how those of each schema are read: by a function that
+# turns their content into that of this schema. A schema that is not in the table is refused.
 SCHEMA_VERSION = 1
+READERS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict}
+# Part of every fingerprint. No schema version: a store of an older schema keeps its places.
+_PLACES = 1
 _EXTENT = ("identities", "replicates")
 
 
@@ -53,7 +61,9 @@ class Unit(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "Unit":
-        """Read a unit's name back; ValueError for any other text."""
+        """Read a unit's name back; ValueError for anything else."""
+        if not isinstance(name, str):
+            raise ValueError(f"{name!r} is not the name of a unit")
         identity_block, replicate_block = name.split("-")
         unit = cls(int(identity_block), int(replicate_block))
         if unit.name != name:
@@ -69,11 +79,11 @@ class Grid:
     `limit`, the number of identities that exist at all (a contexts file has an end), a block is cut.
     """
 
-    identities: int
-    replicates: int
-    block_identities: int
-    block_replicates: int
-    limit: int | None = None
+    identities: NonNegativeInt
+    replicates: NonNegativeInt
+    block_identities: PositiveInt
+    block_replicates: PositiveInt
+    limit: NonNegativeInt | None = None
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -110,9 +120,9 @@ class Weight:
 class ArraySpec:
     """One array: `(identity, replicate, *item)`, without `replicate` in a stage that is not per replicate."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w+$")]
     dtype: str
-    item: tuple[int, ...]
+    item: tuple[PositiveInt, ...]
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class StageSpec:
         """Hash of everything that affects the result and of nothing else."""
         return fingerprint(
             {
-                "schema": SCHEMA_VERSION,
+                "schema": _PLACES,
                 "stage": self.name,
                 "version": self.version,
                 "config": self.config,
@@ -173,6 +183,9 @@ class StageSpec:
         return read_spec(self.store, name, self.inputs[name])
 
 
+_SPEC = TypeAdapter(StageSpec)
+
+
 def array_path(spec: StageSpec, array: ArraySpec, unit: Unit) -> str:
     """Return the path of a unit's shard in the stage directory: all shards of an array lie in one folder."""
     position = [unit.identity_block, *([unit.replicate_block] if spec.per_replicate else [])]
@@ -195,21 +208,23 @@ def read_spec(store: str, name: str, digest: str) -> StageSpec:
     Raises:
         StoreError: if it is missing, damaged, of a newer schema, or not what its directory's name says.
     """
+    if not re.fullmatch(r"[a-z_]+/[0-9a-f]{16}", f"{name}/{digest}"):
+        raise StoreError(
+            f"{name}/{digest} is no stage directory: its name is a stage and 16 hexadecimal digits."
+        )
     location = locate(store).at(f"{name}/{digest}")
-    content = read_json(location, "stage.json")
-    check_schema(content, f"{location.url}/stage.json")
+    content = read_versioned(location, "stage.json")
     try:
-        spec = StageSpec(
-            store=store,
-            name=content["stage"],
-            version=content["stage_version"],
-            config=content["config"],
-            inputs=content["inputs"],
-            grid=Grid(0, 0, **content["blocks"]),
-            weights={role: Weight(**weight) for role, weight in content["weights"].items()},
-            arrays=tuple(ArraySpec(**{**array, "item": tuple(array["item"])}) for array in content["arrays"]),
-            columns=tuple((column, type_) for column, type_ in content["columns"]),
-            per_replicate=content["per_replicate"],
+        fields = {name: content[name] for name in ("config", "inputs", "weights", "arrays", "columns")}
+        spec = _SPEC.validate_python(
+            {
+                "store": store,
+                "name": content["stage"],
+                "version": content["stage_version"],
+                "grid": {"identities": 0, "replicates": 0, **content["blocks"]},
+                "per_replicate": content["per_replicate"],
+                **fields,
+            }
         )
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(f"{location.url}/stage.json") from error
@@ -269,16 +284,29 @@ def establish(spec: StageSpec) -> None:
     write_json(spec.location, "stage.json", content)
 
 
-def check_schema(content: Mapping[str, Any], where: str) -> None:
-    """Refuse a file that a newer version of the project wrote."""
+def read_versioned(location: Location, path: str) -> dict[str, Any]:
+    """Read a JSON file of any schema that is in `READERS`; the content is returned in the current one.
+
+    Raises:
+        DamagedError: if it is not JSON, or says nothing of its schema.
+        StoreError: if it is missing, or of a schema that is newer, or so old that it is no longer read.
+    """
+    content, where = read_json(location, path), f"{location.url}/{path}"
     schema = content.get("schema")
-    if not isinstance(schema, int):
+    if not isinstance(schema, int) or schema < 1:
         raise damaged(where)
     if schema > SCHEMA_VERSION:
         raise StoreError(
             f"{where} has schema version {schema}, but this version reads up to {SCHEMA_VERSION}; upgrade "
             "negfacediff or use another store."
         )
+    if schema not in READERS:
+        raise StoreError(
+            f"{where} has schema version {schema}, but this version reads {min(READERS)} to "
+            f"{SCHEMA_VERSION}; use the older version of negfacediff that made it, or make the dataset anew "
+            "in another store: negfacediff build PRESET --store NEW_STORE"
+        )
+    return READERS[schema](content)
 
 
 def read_json(location: Location, path: str) -> dict[str, Any]:
@@ -286,7 +314,7 @@ def read_json(location: Location, path: str) -> dict[str, Any]:
     data = location.read_bytes(path)
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(f"{location.url}/{path}") from error
     if not isinstance(content, dict):
         raise damaged(f"{location.url}/{path}")
@@ -298,8 +326,8 @@ def write_json(location: Location, path: str, content: Mapping[str, Any]) -> Non
     location.write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def damaged(where: str) -> StoreError:
+def damaged(where: str) -> DamagedError:
     """Return the error for the file `where`, whose content is not what the project writes."""
-    return StoreError(
+    return DamagedError(
         f"{where} is damaged: it is not what was written there; delete it and run the build again."
     )

@@ -6,18 +6,20 @@ Paths are relative to the place and use `/`. Every failure is a `StoreError` of 
 import errno
 import fcntl
 import os
+import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
-from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore
 
-from negfacediff_core.errors import StoreError
-from negfacediff_core.store import faults
+from negfacediff_core.errors import PlaceError, StoreError
+from negfacediff_core.store import faults, leases
 
 _REMEDIES = {
     errno.EROFS: "the file system is read-only; choose a place that can be written",
@@ -30,6 +32,35 @@ _REMEDIES = {
     errno.EISDIR: "a folder stands where a file is needed; move it away or choose another place",
     errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise build that stage again",
 }
+# What keeps every file from being written, not one.
+_OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+class Entry(NamedTuple):
+    """A file of a place: its path in it, its bytes, and the unix time of its last change."""
+
+    path: str
+    size: int
+    modified: float
+
+
+# Kinds of error of an fsspec client, the narrower first.
+_REMOTE_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
+    (
+        FileNotFoundError,
+        "it is missing; check the address, and make the bucket if there is none, otherwise build that stage "
+        "again",
+    ),
+    (PermissionError, "allow reading and writing there, or give other credentials or another place"),
+    (
+        Exception,
+        "check the address, the credentials and the network, then run the same command again: what is done "
+        "stays",
+    ),
+)
+_S3 = ("s3://", "s3a://")
+# `user:password@` of an address, with the slashes before it.
+_CREDENTIALS = re.compile(r"//\S*:\S*@")
 
 
 class Location(Protocol):
@@ -52,14 +83,14 @@ class Location(Protocol):
     def names(self, path: str) -> list[str]:
         """Return the sorted names in the folder `path`, no temporary files; none if it is no folder."""
 
-    def sync(self, path: str) -> None:
-        """Bring the file `path`, written by another library, safely to disk."""
+    def walk(self, path: str) -> list[Entry]:
+        """Return every file in the folder `path` and below, temporary ones too; none if it is no folder."""
+
+    def remove(self, path: str) -> None:
+        """Remove the file `path`, or the folder with all that it holds; nothing if it is not there."""
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock `name`: one holder at a time, freed when its process dies."""
-
-    def zarr_store(self, path: str) -> Store:
-        """Return the Zarr store at `path`."""
 
     def explained(self, doing: str, path: str) -> AbstractContextManager[None]:
         """Turn errors of another library that is `doing` something at `path` into a `StoreError`."""
@@ -70,6 +101,8 @@ class Location(Protocol):
 
 def locate(url: str) -> Location:
     """Return the place of `url`: a path or `file://` is local, any other scheme goes through fsspec."""
+    if not url.strip():
+        raise StoreError("The store has no name: give a folder, or an address such as s3://bucket/faces.")
     if "://" in url and not url.startswith("file://"):
         return RemoteLocation(url)
     return LocalLocation(url.removeprefix("file://"))
@@ -88,11 +121,13 @@ class LocalLocation:
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of the file `path`."""
-        with self.explained("read", path):
-            return (self.root / path).read_bytes()
+        # A stage may have 100,000 records: making `Path` objects takes longer than reading them.
+        with self.explained("read", path), open(f"{self.url}/{path}", "rb") as file:  # noqa: PTH123
+            return file.read()
 
     def write_atomic(self, path: str, data: bytes) -> None:
         """Write a temporary file beside `path`, fsync it, rename it over `path`, fsync the folder."""
+        half = len(data) // 2
         target = self.root / path
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         with _explained("write", target):
@@ -100,7 +135,10 @@ class LocalLocation:
             faults.reached(f"write {path}")
             try:
                 with temporary.open("wb") as file:
-                    file.write(data)
+                    file.write(data[:half])
+                    file.flush()
+                    faults.reached(f"half {path}")
+                    file.write(data[half:])
                     file.flush()
                     os.fsync(file.fileno())
                 faults.reached(f"rename {path}")
@@ -108,6 +146,7 @@ class LocalLocation:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+            faults.reached(f"renamed {path}")
             _sync_folder(target.parent)
 
     def exists(self, path: str) -> bool:
@@ -123,13 +162,22 @@ class LocalLocation:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-    def sync(self, path: str) -> None:
-        """Fsync the file `path` and its folder."""
+    def walk(self, path: str) -> list[Entry]:
+        """Return every file in the folder `path` and below, temporary ones too; none if it is no folder."""
+        with self.explained("list", path):
+            return sorted(_walk(self.root / path, f"{path}/" if path else ""))
+
+    def remove(self, path: str) -> None:
+        """Remove the file `path`, or the folder with all that it holds; nothing if it is not there."""
         target = self.root / path
-        with self.explained("write", path):
-            with target.open("rb") as file:
-                os.fsync(file.fileno())
-            _sync_folder(target.parent)
+        faults.reached(f"remove {path}")
+        with self.explained("remove", path):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                _sync_folder(target.parent)
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -138,34 +186,53 @@ class LocalLocation:
         with _explained("lock", path):
             _make_folder(self.root)
             handle = path.open("w")
-            fcntl.flock(handle, fcntl.LOCK_EX)
         with handle:
+            with _explained("lock", path):
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
-
-    def zarr_store(self, path: str) -> Store:
-        """Return the Zarr store at `path`."""
-        return LocalStore(self.root / path)
 
     def explained(self, doing: str, path: str) -> AbstractContextManager[None]:
         """Turn operating-system errors while `doing` something at `path` into a `StoreError`."""
-        return _explained(doing, self.root / path)
+        return _explained(doing, f"{self.url}/{path}")
 
     def check_writable(self) -> None:
         """Write and remove a small file, making the folder if it is not there."""
         probe = f"writable-{uuid.uuid4().hex}"
+        try:
+            _make_folder(self.root)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"cannot make the folder {self.root}: {error.strerror}; choose another place for the store."
+            ) from error
+        except OSError:
+            pass  # the write below tells why
         self.write_atomic(probe, b"negfacediff")
         with _explained("write", self.root):
             (self.root / probe).unlink()
 
 
 class RemoteLocation:
-    """A prefix of an object store, or any other fsspec URL. One put is the rename; there is no lock."""
+    """A prefix of an object store, or any other fsspec URL. One put is the rename.
+
+    Requests that fail in passing are sent again by the client with growing pauses: S3's makes five attempts
+    (`AWS_MAX_ATTEMPTS`), and some rounds of them where the connection itself is lost. Endpoint and
+    credentials are those that the client finds itself, in the environment or a profile.
+
+    Raises:
+        StoreError: for an address with a password or a query, or one that nothing installed can open.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        _check_no_secret(self.url)
         with _explained_remote("open", self.url):
-            # A listing that is older than another worker's commit would hide its record.
-            self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            # A listing that is older than another worker's commit would hide its record. Without concurrency
+            # within an object S3's client reads it in one request, not two, and whole again if it breaks off.
+            options = {"max_concurrency": 1} if self.url.startswith(_S3) else {}
+            self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
+            if options:
+                # Its own rounds are nested when it reads: five would be 250 requests and three minutes.
+                self._files.retries = 3
 
     def at(self, path: str) -> "RemoteLocation":
         """Return the place `path` below this one."""
@@ -188,24 +255,38 @@ class RemoteLocation:
             return self._files.exists(f"{self._root}/{path}")
 
     def names(self, path: str) -> list[str]:
-        """Return the sorted names directly below `path`; none when there are none."""
+        """Return the sorted names directly below `path`, no locks; none when there are none."""
+        folder = f"{self._root}/{path}".rstrip("/")
         with self.explained("list", path):
             try:
-                entries = self._files.ls(f"{self._root}/{path}", detail=False)
-            except FileNotFoundError:
+                entries = self._files.ls(folder, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        # An object that is listed gives itself, and a folder that a console has made its own empty marker.
+        below = (entry.rstrip("/").removeprefix(f"{folder}/") for entry in entries)
+        return sorted(name for name in below if "/" not in name and name[:1] not in ("", "."))
 
-    def sync(self, path: str) -> None:
-        """Do nothing: a finished put is durable."""
+    def walk(self, path: str) -> list[Entry]:
+        """Return every object below `path`; one listing."""
+        with self.explained("list", path):
+            found = self._files.find(f"{self._root}/{path}".rstrip("/"), detail=True)
+            start = len(self._root) + 1
+            return sorted(Entry(name[start:], one["size"], _modified(one)) for name, one in found.items())
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Do nothing: units never share an object, so only two plans of one store at once could meet."""
-        return nullcontext()
+    def remove(self, path: str) -> None:
+        """Remove the object `path`, or all that lies below it; nothing if it is not there."""
+        faults.reached(f"remove {path}")
+        with self.explained("remove", path), suppress(FileNotFoundError):
+            self._files.rm(f"{self._root}/{path}", recursive=True)
 
-    def zarr_store(self, path: str) -> Store:
-        """Return the Zarr store at `path`."""
-        return FsspecStore.from_url(f"{self.url}/{path}")
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the lock object `.<name>.lock` of an S3 store; a store of another kind has no locks."""
+        with ExitStack() as stack:
+            if self.url.startswith(_S3):
+                with self.explained("lock", name):
+                    stack.enter_context(leases.held(self._files, f"{self._root}/.{name}.lock"))
+            yield
 
     def explained(self, doing: str, path: str) -> AbstractContextManager[None]:
         """Turn any error while `doing` something at `path` into a `StoreError`."""
@@ -220,14 +301,15 @@ class RemoteLocation:
 
 
 @contextmanager
-def _explained(doing: str, path: Path) -> Iterator[None]:
+def _explained(doing: str, path: str | Path) -> Iterator[None]:
     """Turn an operating-system error into a `StoreError` that says what to do."""
     try:
         yield
     except OSError as error:
         other = f"{error.strerror or error}; mend that and run the same command again"
         remedy = _REMEDIES.get(error.errno or 0, other)
-        raise StoreError(f"cannot {doing} {path}: {remedy}.") from error
+        kind = PlaceError if error.errno in _OF_THE_PLACE else StoreError
+        raise kind(f"cannot {doing} {path}: {remedy}.") from error
 
 
 @contextmanager
@@ -242,11 +324,42 @@ def _explained_remote(doing: str, url: str) -> Iterator[None]:
             "or NEGFACEDIFF_EXTRAS=s3 ./run ..."
         ) from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        reason = _CREDENTIALS.sub("//", f"{type(error).__name__}: {error}").rstrip(".")
+        remedies = (remedy for kind, remedy in _REMOTE_REMEDIES if isinstance(error, kind))
+        raised = PlaceError if isinstance(error, PermissionError) else StoreError
+        raise raised(f"cannot {doing} {url}: {reason}; {next(remedies)}.") from error
+
+
+def _check_no_secret(url: str) -> None:
+    """Refuse an address that carries a secret: it would stand in every record, log and report."""
+    if _CREDENTIALS.search(url) or "?" in url:
+        shown = _CREDENTIALS.sub("//", url).partition("?")[0]
         raise StoreError(
-            f"cannot {doing} {url}: {reason}; check the address, the credentials and the network, then run "
-            "the same command again."
-        ) from error
+            f"the address of the store {shown} was given with credentials or a query, which would be written "
+            "into records and logs; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE, instead."
+        )
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
+    """Yield the files below a folder that other processes may be changing; symbolic links are files here."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/")
+            continue
+        with suppress(FileNotFoundError):
+            facts = entry.stat(follow_symlinks=False)
+            yield Entry(f"{prefix}{entry.name}", facts.st_size, facts.st_mtime)
+
+
+def _modified(details: dict[str, Any]) -> float:
+    """Unix time of an object's last change; now where the client does not tell: it may be new."""
+    told = details.get("LastModified") or details.get("created") or details.get("mtime")
+    return told.timestamp() if isinstance(told, datetime) else time.time()
 
 
 def _make_folder(folder: Path) -> None:

@@ -2,18 +2,31 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from negfacediff_core.errors import StoreError
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
+from negfacediff_core.errors import DamagedError, StoreError
 from negfacediff_core.store.layout import (
     SCHEMA_VERSION,
     StageSpec,
     Unit,
-    check_schema,
-    read_json,
+    fingerprint,
+    read_versioned,
     record_path,
     write_json,
 )
+
+
+def _inside(path: str) -> str:
+    """Refuse a path that leads out of the stage directory: whoever removes a unit removes these."""
+    if not path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} is no path of a unit's file")
+    return path
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Path = Annotated[str, AfterValidator(_inside)]
 
 
 @dataclass(frozen=True)
@@ -25,20 +38,26 @@ class Record:
     `finished` unix times.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     unit: Unit
-    rows: int
-    ok: int
-    failed: int
-    sha256: dict[str, str]
-    seconds: dict[str, float]
-    started: float
-    finished: float
+    rows: Count
+    ok: Count
+    failed: Count
+    sha256: dict[Path, str]
+    seconds: dict[str, FiniteFloat]
+    started: FiniteFloat
+    finished: FiniteFloat
     host: str
     device: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as it stands in its file."""
-        return {"schema": SCHEMA_VERSION, **self.__dict__, "unit": self.unit.name}
+        """Return the record as it stands in its file: with a checksum of itself."""
+        content = {**self.__dict__, "unit": self.unit.name}
+        return {"schema": SCHEMA_VERSION, **content, "checksum": fingerprint(content)}
+
+
+_RECORD = TypeAdapter(Record)
 
 
 def write_record(spec: StageSpec, record: Record) -> None:
@@ -50,23 +69,43 @@ def read_record(spec: StageSpec, unit: Unit) -> Record:
     """Read a unit's record.
 
     Raises:
-        StoreError: if the unit is not committed, or its record is damaged.
+        StoreError: if the unit is not committed; DamagedError if its record is damaged.
     """
     if not has_record(spec, unit):
         raise StoreError(f"unit {unit.name} of {spec.directory} is not committed; build that stage first.")
-    content = read_json(spec.location, record_path(unit))
-    check_schema(content, f"{spec.directory}/{record_path(unit)}")
+    return _read(spec, unit)
+
+
+def _read(spec: StageSpec, unit: Unit) -> Record:
+    content = read_versioned(spec.location, record_path(unit))
     content.pop("schema")
+    checksum = content.pop("checksum", None)
     try:
-        record = Record(**{**content, "unit": Unit.parse(content["unit"])})
+        # The first records had no checksum.
+        if checksum not in (None, fingerprint(content)):
+            raise ValueError("it has another checksum")
+        record = _RECORD.validate_python({**content, "unit": Unit.parse(content["unit"])})
         if record.unit != unit:
             raise ValueError(f"a record of unit {record.unit.name}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(
-            f"{spec.directory}/{record_path(unit)} is damaged ({error}); delete it and run the build again: "
-            "the unit is then made anew."
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(
+            f"{spec.directory}/{record_path(unit)} is damaged ({_reason(error)}); delete it and run the "
+            "build again: the unit is then made anew."
         ) from error
     return record
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong in one line, where pydantic takes several."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+def forget(spec: StageSpec, unit: Unit) -> None:
+    """Make a unit pending: remove its record, and leave its data to be overwritten."""
+    spec.location.remove(record_path(unit))
 
 
 def has_record(spec: StageSpec, unit: Unit) -> bool:
@@ -79,18 +118,22 @@ def committed(spec: StageSpec) -> list[Unit]:
 
     Files that other programs left beside the records (copies, notes) are passed over.
     """
-    units = []
-    for name in spec.location.names("done"):
-        with suppress(ValueError):
-            unit = Unit.parse(name.removesuffix(".json"))
-            if name == f"{unit.name}.json":
-                units.append(unit)
-    return units
+    units = (unit_of(name) for name in spec.location.names("done"))
+    return [unit for unit in units if unit is not None]
+
+
+def unit_of(name: str) -> Unit | None:
+    """Return the unit whose record has the file name `name`; None if that is no record's name."""
+    with suppress(ValueError):
+        unit = Unit.parse(name.removesuffix(".json"))
+        if name == f"{unit.name}.json":
+            return unit
+    return None
 
 
 def records(spec: StageSpec) -> list[Record]:
     """Return the records of all committed units of a stage directory."""
-    return [read_record(spec, unit) for unit in committed(spec)]
+    return [_read(spec, unit) for unit in committed(spec)]
 
 
 def pending(spec: StageSpec) -> list[Unit]:

@@ -4,10 +4,13 @@ import re
 from typing import Any
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store.layout import SCHEMA_VERSION, check_schema, damaged, read_json, write_json
+from negfacediff_core.store.layout import SCHEMA_VERSION, damaged, read_versioned, write_json
 from negfacediff_core.store.location import locate
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_AXES = ("identities", "replicates")
+# No build is larger; the units of a damaged record's extent must not fill the memory.
+_MOST = 10_000_000
 
 
 def write_run(store: str, name: str, content: dict[str, Any]) -> None:
@@ -28,8 +31,7 @@ def read_run(store: str, name: str) -> dict[str, Any] | None:
     path = _path(name)
     if not location.exists(path):
         return None
-    content = read_json(location, path)
-    check_schema(content, f"{location.url}/{path}")
+    content = read_versioned(location, path)
     stages = content.get("stages")
     if not isinstance(stages, dict) or not all(map(_is_place, stages.values())):
         raise damaged(f"{location.url}/{path}")
@@ -37,10 +39,14 @@ def read_run(store: str, name: str) -> dict[str, Any] | None:
 
 
 def read_runs(store: str) -> dict[str, dict[str, Any]]:
-    """Read all run records of a store by name; files whose names no run can have are passed over."""
+    """Read all run records of a store by name."""
+    return {name: run for name in run_names(store) if (run := read_run(store, name)) is not None}
+
+
+def run_names(store: str) -> list[str]:
+    """Return the names of the run records of a store; files whose names no run can have are passed over."""
     files = [name for name in locate(store).names("runs") if name.endswith(".json")]
-    names = [name for file in files if _NAME.fullmatch(name := file.removesuffix(".json"))]
-    return {name: run for name in names if (run := read_run(store, name)) is not None}
+    return [name for file in files if _NAME.fullmatch(name := file.removesuffix(".json"))]
 
 
 def _is_place(value: Any) -> bool:
@@ -48,7 +54,7 @@ def _is_place(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("fingerprint"), str)
-        and all(isinstance(value.get(axis), int) for axis in ("identities", "replicates"))
+        and all(isinstance(value.get(axis), int) and 0 <= value[axis] <= _MOST for axis in _AXES)
     )
 
 

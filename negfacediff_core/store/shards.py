@@ -1,29 +1,32 @@
 """Committing a unit, and reading committed units.
 
-Order of a commit: whole shards, rows, further files, hash of what was written, record. A process killed
-anywhere before the last rename leaves a unit that is not done, and making it again overwrites what it left.
+Order of a commit: whole shards, rows, further files, each read back and hashed, then the record. A process
+killed anywhere before the last rename leaves a unit that is not done, and making it again overwrites what it
+left.
 """
 
 import hashlib
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import StoreError
+from negfacediff_core.errors import PlaceError, StoreError
 from negfacediff_core.store import arrays as zarr_arrays
 from negfacediff_core.store import tables
 from negfacediff_core.store.layout import StageSpec, Unit, array_path, establish, part_path
 from negfacediff_core.store.records import Record, has_record, read_record, write_record
 
-_LOCK = "stage"
+# Locks that the commits of a stage share, so that few wait for each other and few files lie there.
+_LOCKS = 32
 
 
 def prepare(spec: StageSpec) -> None:
     """Make the stage directory and its arrays ready for the units of the spec's extent."""
-    with spec.location.lock(_LOCK):
+    with spec.location.lock("stage"):
         establish(spec)
         zarr_arrays.grow(spec)
 
@@ -44,7 +47,7 @@ def commit(
     Args:
         spec: the stage, prepared.
         unit: the unit.
-        arrays: whole shards by array name, as `negfacediff_core.store.arrays.write_unit` takes them.
+        arrays: whole shards by array name, as `negfacediff_core.store.arrays.encode_unit` takes them.
         rows: one row a sample with the stage's columns; `status`, where there is one, is "ok" or why not.
         started: unix time at which work on the unit began.
         seconds: time of each phase so far; the phase `write` is added.
@@ -56,18 +59,24 @@ def commit(
 
     Raises:
         StoreError: if something has the wrong shape or columns, or cannot be written.
+        PlaceError: if no unit could be committed there: the disk is full, read-only or gone.
     """
-    # One commit at a time: a worker thought dead must not overwrite what its successor has recorded.
-    with spec.location.lock(_LOCK):
+    if not spec.location.exists("stage.json"):
+        # Without this the directory would be made anew, below the mount point of a disk that has gone.
+        raise PlaceError(
+            f"{spec.directory} has gone; if a disk was unmounted, mount it, then run the same command again."
+        )
+    begun = time.perf_counter()
+    contents = {
+        **zarr_arrays.encode_unit(spec, unit, arrays),
+        part_path(unit): tables.encode_part(spec, rows),
+        **(files or {}),
+    }
+    # One commit of a unit at a time: a worker thought dead must not overwrite what its successor recorded.
+    with commit_lock(spec, unit):
         if has_record(spec, unit):
             return read_record(spec, unit)
-        begun = time.perf_counter()
-        zarr_arrays.write_unit(spec, unit, arrays)
-        tables.write_part(spec, unit, rows)
-        for name, content in (files or {}).items():
-            spec.location.write_atomic(name, content)
-        paths = [*(array_path(spec, array, unit) for array in spec.arrays), part_path(unit), *(files or {})]
-        hashes = {path: hashlib.sha256(spec.location.read_bytes(path)).hexdigest() for path in paths}
+        hashes = {path: _write(spec, path, content) for path, content in contents.items()}
         ok = rows.column("status").to_pylist().count("ok") if "status" in rows.column_names else rows.num_rows
         record = Record(
             unit=unit,
@@ -77,12 +86,29 @@ def commit(
             sha256=hashes,
             seconds={**seconds, "write": time.perf_counter() - begun},
             started=started,
-            finished=time.time(),
+            # Clocks are set back at times; what ends before it began would have no rate.
+            finished=max(started, time.time()),
             host=socket.gethostname(),
             device=device,
         )
         write_record(spec, record)
         return record
+
+
+def commit_lock(spec: StageSpec, unit: Unit) -> AbstractContextManager[None]:
+    """Hold the lock under which a unit is committed: meanwhile its files and its record stay as they are."""
+    return spec.location.lock(f"commit-{sum(unit) % _LOCKS}")
+
+
+def _write(spec: StageSpec, path: str, content: bytes) -> str:
+    """Write a file and read it back; return its SHA-256."""
+    spec.location.write_atomic(path, content)
+    if spec.location.read_bytes(path) != content:
+        raise StoreError(
+            f"{spec.directory}/{path} does not hold what was just written there; check the disk, then run "
+            "the same command again."
+        )
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_arrays(spec: StageSpec, unit: Unit) -> dict[str, NDArray]:
@@ -92,9 +118,12 @@ def read_arrays(spec: StageSpec, unit: Unit) -> dict[str, NDArray]:
         StoreError: if the unit is not committed, or a shard is missing or not what was committed.
     """
     record = read_record(spec, unit)
-    for array in spec.arrays:
-        _checked(spec, record, array_path(spec, array, unit))
-    return {array.name: zarr_arrays.read_unit(spec, unit, array) for array in spec.arrays}
+    return {
+        array.name: zarr_arrays.decode_unit(
+            spec, unit, array, _checked(spec, record, array_path(spec, array, unit))
+        )
+        for array in spec.arrays
+    }
 
 
 def read_rows(spec: StageSpec, unit: Unit) -> pa.Table:

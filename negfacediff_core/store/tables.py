@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from negfacediff_core.errors import StoreError
-from negfacediff_core.store.layout import StageSpec, Unit, part_path
+from negfacediff_core.errors import DamagedError, StoreError
+from negfacediff_core.store.layout import StageSpec
 
 
 def schema(spec: StageSpec) -> pa.Schema:
@@ -20,8 +20,8 @@ def rows_of(spec: StageSpec, columns: Mapping[str, Any]) -> pa.Table:
     return pa.table(dict(columns), schema=schema(spec))
 
 
-def write_part(spec: StageSpec, unit: Unit, rows: pa.Table) -> None:
-    """Write a unit's rows atomically.
+def encode_part(spec: StageSpec, rows: pa.Table) -> bytes:
+    """Return the bytes of a part that holds a unit's rows.
 
     Raises:
         StoreError: if the columns are not the stage's: readers rely on one schema over all parts.
@@ -30,9 +30,19 @@ def write_part(spec: StageSpec, unit: Unit, rows: pa.Table) -> None:
         raise StoreError(f"rows of {spec.path} have the columns {spec.columns}, not {rows.schema.names}.")
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer)
-    spec.location.write_atomic(part_path(unit), buffer.getvalue().to_pybytes())
+    return buffer.getvalue().to_pybytes()
 
 
 def parse_part(spec: StageSpec, data: bytes) -> pa.Table:
-    """Parse the bytes of a part."""
-    return pq.read_table(pa.BufferReader(data), schema=schema(spec))
+    """Parse the bytes of a part of the stage.
+
+    Raises:
+        DamagedError: if they are no Parquet, or the columns are not the stage's.
+    """
+    try:
+        return pq.read_table(pa.BufferReader(data), schema=schema(spec))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        reason, names = " ".join(str(error).split()), ", ".join(name for name, _ in spec.columns)
+        raise DamagedError(
+            f"rows of {spec.directory} cannot be read ({reason}): a part is Parquet with the columns {names}."
+        ) from error

@@ -1,0 +1,302 @@
+"""Builds are killed again and again, drivers and workers; what they come to equals one left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from noted_units import (
+    PROCESSES,
+    Direct,
+    build_real,
+    build_small,
+    count,
+    kill_group,
+    notes,
+    promises,
+    results,
+    stamps,
+    start,
+)
+from small_stage import commit, make_spec
+
+from flows import build as flow
+from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.errors import BuildError
+from negfacediff_core.stages import plan_build
+from negfacediff_core.store.layout import StageSpec, Unit
+from negfacediff_core.store.records import pending
+from negfacediff_core.store.shards import prepare
+from tasks import chunks
+from tasks.executors import open_pool
+
+THREADS = ExecutionConfig(workers=2, device="cpu")
+DASK = ExecutionConfig(executor="dask", workers=2, device="cpu", retries=20)
+SMALL_UNITS = 12
+
+
+class Lives:
+    """The lives of one store under one way to make it, and what holds after each of them."""
+
+    def __init__(self, make: Callable, arguments: tuple, specs: list[StageSpec], folder: Path) -> None:
+        self.make, self.arguments, self.specs, self.folder = make, arguments, specs, folder
+        self.store = Path(specs[0].store)
+        self.number = 0
+        self.kept: dict[str, tuple[int, int, int]] = {}
+
+    def begin(self, kill_at: Path | None = None):
+        self.number += 1
+        return start(self.make, self.store, self.notes, *self.arguments, kill_at=kill_at)
+
+    @property
+    def notes(self) -> Path:
+        return self.folder / f"life-{self.number}"
+
+    def check(self, done_before: set[tuple[str, str]]) -> None:
+        """What was committed before the life was neither made nor written again in it."""
+        assert not done_before & set(count(self.notes, "start")), "a committed unit was made again"
+        assert stamps(self.specs).items() >= self.kept.items(), "a committed unit was written again"
+        self.kept = stamps(self.specs)
+
+    def done(self) -> set[tuple[str, str]]:
+        return set(promises(self.specs))
+
+    def finish(self) -> None:
+        """Live to the end; what is left is made, each unit once."""
+        before = self.done()
+        process = self.begin()
+        process.join(240)
+        assert process.exitcode == 0
+        self.check(before)
+        wanted = {(spec.name, unit.name) for spec in self.specs for unit in spec.grid.units()}
+        assert set(count(self.notes, "start")) == wanted - before
+        assert set(count(self.notes, "start").values()) <= {1}
+
+
+@pytest.fixture(scope="module")
+def whole_build(tiny_build, tmp_path_factory) -> tuple[Path, float]:
+    """A tiny build that nothing interrupted, and the seconds that a life of it takes."""
+    folder = tmp_path_factory.mktemp("whole")
+    first = PROCESSES.Process(target=int)  # the first has to wait until the fork server has imported all
+    first.start()
+    first.join()
+    begun = time.monotonic()
+    process = start(build_real, folder / "store", folder, THREADS, tiny_build)
+    process.join(240)
+    assert process.exitcode == 0
+    return folder / "store", time.monotonic() - begun
+
+
+@pytest.fixture(scope="module")
+def whole_stage(tmp_path_factory) -> Path:
+    """A small stage that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(build_small, folder / "store", folder, THREADS, SMALL_UNITS)
+    process.join(240)
+    assert process.exitcode == 0
+    return folder / "store"
+
+
+def assert_equal(specs: list[StageSpec], whole: Path) -> None:
+    """The stores of both hold the same bytes, and their records say the same."""
+    mine, other = results(Path(specs[0].store)), results(whole)
+    assert mine.keys() == other.keys()
+    assert [path for path in mine if mine[path] != other[path]] == []
+    assert promises(specs) == promises(
+        [StageSpec(**{**_fields(spec), "store": str(whole)}) for spec in specs]
+    )
+
+
+def _fields(spec: StageSpec) -> dict:
+    return {name: getattr(spec, name) for name in StageSpec.__dataclass_fields__}
+
+
+def kill_at_random(
+    build, execution: ExecutionConfig, whole: tuple[Path, float], kills: int, seed: int, folder: Path
+) -> None:
+    """Kill a build's process group at random times; a store that is complete makes room for a new one."""
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    span, lives = whole[1], None
+    while kills:
+        if lives is None:
+            folder = folder / "next"
+            lives = Lives(build_real, (execution, build), plan_build(build, str(folder / "store")), folder)
+        before = lives.done()
+        process = lives.begin()
+        process.join(moments.uniform(0, span))
+        complete = process.exitcode == 0
+        span *= 0.8 if complete else 1.0  # a quiet machine is quicker than the one that was timed
+        kills -= not complete
+        kill_group(process)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        lives.check(before)
+        if complete:
+            assert_equal(lives.specs, whole[0])
+            lives = None
+    if lives is not None:
+        lives.finish()
+        assert_equal(lives.specs, whole[0])
+
+
+def test_killed_at_random_times_a_build_comes_to_the_same_dataset(tiny_build, whole_build, tmp_path):
+    kill_at_random(tiny_build, THREADS, whole_build, kills=10, seed=int(time.time()), folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("execution, kills", [(THREADS, 40), (DASK, 15)], ids=["threads", "dask"])
+def test_killed_fifty_times_a_build_comes_to_the_same_dataset(
+    execution, kills, tiny_build, whole_build, tmp_path
+):
+    # the processes of dask take seconds to start, in which nothing is made
+    whole = (whole_build[0], whole_build[1] + 10 * (execution is DASK))
+    kill_at_random(tiny_build, execution, whole, kills, seed=int(time.time()), folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step_of_every_stage_a_build_comes_to_the_same_dataset(
+    tiny_build, whole_build, tmp_path
+):
+    """Each life of one store dies at the first step at which none has died before."""
+    specs = plan_build(tiny_build, str(tmp_path / "store"))
+    lives = Lives(build_real, (THREADS, tiny_build), specs, tmp_path)
+    steps = tmp_path / "steps.txt"
+    steps.touch()
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        before = lives.done()
+        process = lives.begin(kill_at=steps)
+        process.join(240)
+        code = process.exitcode
+        lives.check(before)
+    assert code == 0
+    assert lives.number > 100
+    assert_equal(specs, whole_build[0])
+
+
+def test_a_killed_driver_of_dask_takes_its_workers_along_and_loses_no_committed_unit(whole_stage, tmp_path):
+    spec = make_spec(tmp_path / "store", identities=4 * SMALL_UNITS)
+    lives = Lives(build_small, (DASK, SMALL_UNITS), [spec], tmp_path)
+    process = lives.begin()
+    while len(notes(lives.notes, "end")) < 3:
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)  # the driver alone: its workers have to notice
+    process.join()
+    workers = {pid for _, _, pid in notes(lives.notes, "start")} - {process.pid}
+    assert workers
+    _wait_until(lambda: not any(map(_alive, workers)), "the workers outlive their driver")
+    lives.kept = stamps([spec])
+    before = lives.done()
+    assert len(before) >= 3
+    lives.finish()
+    assert_equal([spec], whole_stage)
+
+
+def test_workers_that_are_killed_while_a_build_runs_do_not_stop_it(whole_stage, tmp_path):
+    spec = make_spec(tmp_path / "store", identities=4 * SMALL_UNITS)
+    lives = Lives(build_small, (DASK, SMALL_UNITS), [spec], tmp_path)
+    process = lives.begin()
+    killed: set[int] = set()
+    last = 0.0
+    while process.is_alive():
+        started = notes(lives.notes, "start")
+        if started and started[-1][2] not in killed and len(killed) < 4 and time.monotonic() - last > 0.3:
+            # the worker that began a unit last, which has most likely not ended it yet
+            victim = started[-1][2]
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+            last = time.monotonic()
+        time.sleep(0.005)
+    process.join()
+    assert process.exitcode == 0
+    assert len(killed) >= 3
+    ended, begun = count(lives.notes, "end"), count(lives.notes, "start")
+    assert len(lives.done()) == SMALL_UNITS
+    # a unit is made again only where a worker died under it
+    assert sum(begun.values()) <= SMALL_UNITS + len(killed)
+    assert set(ended.values()) == {1}
+    assert_equal([spec], whole_stage)
+
+
+class KilledWorker(Exception):
+    """What Dask raises for a unit under which a worker died; its name is what counts."""
+
+
+def test_what_dies_beside_a_deadly_unit_has_its_last_chance_alone(tmp_path, monkeypatch):
+    """Two units share a worker that the first kills whenever it runs: the second is made all the same."""
+    spec = make_spec(tmp_path, identities=16)
+    prepare(spec)
+    deadly, beside = Unit(0, 0), Unit(1, 0)
+    flying: set[Unit] = set()
+    met = threading.Event()
+
+    def run_unit(spec, unit, execution):
+        if unit == deadly:
+            flying.add(unit)
+            met.wait(0.5)
+            flying.remove(unit)
+            met.clear()
+            raise KilledWorker
+        if unit == beside and deadly in flying:
+            met.set()
+            raise KilledWorker
+        return commit(spec, unit)
+
+    monkeypatch.setattr(chunks, "run_unit", run_unit)
+    monkeypatch.setattr(flow, "run_chunk", Direct)
+    with open_pool(THREADS) as pool:
+        crew = chunks.Crew(pool, THREADS, lambda stage: None, lambda stage, rows: None, threading.Event())
+        with pytest.raises(BuildError, match=r"samples 00000-000: KilledWorker"):
+            flow.finish([spec], crew)
+    assert pending(spec) == [deadly]
+
+
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["threads", "dask"])
+def test_the_command_itself_is_killed_and_goes_on(executor, tiny_build, whole_build, tmp_path):
+    preset = tmp_path / "tiny.yaml"
+    preset.write_text(yaml.safe_dump(tiny_build.model_dump()))
+    store = tmp_path / "store"
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "build", str(preset)]
+    command += ["--store", str(store), "--workers", "2", "--device", "cpu", "--executor", executor]
+    specs = plan_build(tiny_build, str(store))
+    kept: dict[str, tuple[int, int, int]] = {}
+    for wanted in (2, 7, 12):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 240
+        while len(list(store.glob("*/*/done/*.json"))) < wanted:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert stamps(specs).items() >= kept.items()
+        kept = stamps(specs)
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    assert stamps(specs).items() >= kept.items()
+    (Path(specs[-1].directory) / "report.html").unlink()
+    assert_equal(specs, whole_build[0])
