@@ -134,7 +134,8 @@ def test_poisoned_units_fail_alone_are_named_with_their_logs_and_can_follow(by_o
         log = Path(spec.directory, "logs", f"{unit}.txt")
         assert str(log) in error
         assert words in log.read_text()
-    assert {count(notes, "start")["samples", unit] for unit in poison} == {3}
+    # once a round, but for a round in which a dying neighbour took it along before it began
+    assert all(1 <= count(notes, "start")["samples", unit] <= 3 for unit in poison)
 
     kept = promises([spec])
     assert built(store, tmp_path / "later", executor="threads", workers=2) == 0

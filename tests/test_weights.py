@@ -211,7 +211,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, check, name, content,
 
 
 def test_a_folder_without_weights_is_told_what_one_holds(tmp_path, check):
-    assert "There is nothing at" in check(tmp_path / "nowhere")[2]
+    assert "there is nothing at" in check(tmp_path / "nowhere")[2]
     said = check(tmp_path)[2]
     assert "a generator's folder holds .hydra/config.yaml" in said and "Did you mean" not in said
     said = check(DEMO)[2]
