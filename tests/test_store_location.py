@@ -4,8 +4,8 @@ import sys
 import threading
 import time
 
-import fsspec
 import pytest
+from fsspec.registry import _registry
 
 from negfacediff_core.errors import StoreError
 from negfacediff_core.store.location import locate
@@ -23,7 +23,7 @@ def test_places_that_cannot_be_written_say_so(tmp_path):
 
 def test_an_address_whose_client_is_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # nor used before
+    monkeypatch.delitem(_registry, "s3", raising=False)  # nor used before
     with pytest.raises(StoreError, match=r"cannot open s3://bucket/x: Install s3fs .*negfacediff\[s3\]"):
         locate("s3://bucket/x")
 
