@@ -61,7 +61,11 @@ def _settled(build: BuildConfig, specs: Mapping[str, StageSpec]) -> dict[str, An
     ):
         if not config[section][field]:
             config[section][field] = specs[stage].config.get(field, config[section][field])
-    return config
+    blocks = specs["samples"].grid
+    return config | {
+        "block_identities": blocks.block_identities,
+        "block_images": blocks.block_replicates,
+    }
 
 
 def seconds_of(specs: Iterable[StageSpec]) -> float:

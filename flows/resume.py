@@ -15,6 +15,7 @@ from flows.command import (
     Verbose,
     Workers,
     build_in,
+    check,
     execution_of,
 )
 from flows.words import command_text, count_text, names_text
@@ -53,7 +54,9 @@ def resume(
             return
         lacking = {name: f"lacks {count_text(units, 'unit')}" for name, units in open_runs.items()}
         run = _only("resume", store, lacking)
-    build_in(store, build_of(store, run), execution, verbose)
+    build = build_of(store, run)
+    check_same(build, store, run)
+    build_in(store, build, execution, verbose)
 
 
 def retry_failed(
@@ -73,7 +76,7 @@ def retry_failed(
     """
     from negfacediff_core.store.repair import failed_units, forget_units
     from negfacediff_core.store.runs import read_runs
-    from negfacediff_core.store.status import check_store
+    from negfacediff_core.store.status import check_store, unfinished
 
     execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
     check_store(store)
@@ -81,16 +84,42 @@ def retry_failed(
     failed = {name: stages for name in names if (stages := failed_units(store, name))}
     if run is None:
         if not failed:
-            print(f"No unit has failed rows. For units that are missing: {command_text('resume', store)}")
+            left = " ".join(command_text("resume", store, name) for name in unfinished(store))
+            print(f"No unit has failed rows.{' For units that are missing: ' + left if left else ''}")
             return
         counted = {name: f"has {_rows_text(stages)}" for name, stages in failed.items()}
         run = _only("retry-failed", store, counted)
     build = build_of(store, run)
+    check([build], store, execution)
+    check_same(build, store, run)
     retried = failed.get(run, {})
     derived = forget_units(store, {path: set(counts) for path, counts in retried.items()})
     besides = count_text(sum(map(len, derived.values())), "unit")
     print(f"Pending again: {_rows_text(retried)}, and {besides} made from them.")
+    others = [command_text("resume", store, name) for name in unfinished(store) if name != run]
+    if others:
+        print("Other runs share these units; afterwards: " + "; ".join(others))
     build_in(store, build, execution, verbose)
+
+
+def check_same(build: "BuildConfig", store: str, run: str) -> None:
+    """Raise StoreError if the build would now make another dataset than the run's record names.
+
+    Weights that were exchanged, or a newer version of the code, move a stage to another place.
+    """
+    from negfacediff_core.stages import plan_build
+    from negfacediff_core.store.runs import read_run
+
+    recorded = (read_run(store, run) or {"stages": {}})["stages"]
+    for spec in plan_build(build, store):
+        place = recorded.get(spec.name)
+        if place is not None and place["fingerprint"] != spec.fingerprint:
+            raise StoreError(
+                f"The run {run} would not go on but begin anew from its {spec.name}: its weights or files or "
+                f"this version of the code, are not those that it was made with ({place['fingerprint']} is "
+                f"now {spec.fingerprint}). Bring those back; to make it anew, use negfacediff build with the "
+                "settings in its record."
+            )
 
 
 def build_of(store: str, run: str) -> "BuildConfig":

@@ -179,7 +179,11 @@ def _repair(store: str, findings: Iterable["Finding"]) -> None:
     if done.damaged:
         print(f"Pending again: {_total(done.damaged)}, and {_total(done.derived)} made from them.")
     _print_mended(done)
-    commands = [command_text("resume", store, name) for name in unfinished(store)]
+    try:
+        lacking = list(unfinished(store))
+    except StoreError:  # a record that cannot be read, which is listed above
+        lacking = []
+    commands = [command_text("resume", store, name) for name in lacking]
     if commands:
         print("To make again what is missing:")
         for command in commands:

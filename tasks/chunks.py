@@ -18,7 +18,8 @@ from prefect.cache_policies import NO_CACHE
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import NegFaceDiffError, PlaceError, StoreError
 from negfacediff_core.stages import run_unit
-from negfacediff_core.store.layout import StageSpec, Unit
+from negfacediff_core.store.layout import StageSpec, Unit, fingerprint
+from negfacediff_core.store.location import without_credentials
 from tasks.executors import Pool
 
 GPU_STAGES = frozenset({"samples"})
@@ -97,6 +98,9 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
     window = window or WINDOW_PER_WORKER * crew.pool.workers
 
     while waiting or flights:
+        if crew.stop.is_set():
+            _cancel(flights)
+            raise CancelledError("the build was asked to stop")
         # Only lines at their first stage count: a GPU never waits because later stages lag behind.
         entered = sum(position == 0 for _, position in flights.values())
         for _ in range(min(window - entered, len(waiting))):
@@ -104,9 +108,6 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
             flights[_launch(line, 0, attempt, crew)] = (line, 0)
 
         done, _ = wait(flights, timeout=TICK, return_when=FIRST_COMPLETED)
-        if crew.stop.is_set():
-            _cancel(flights)
-            raise CancelledError("the build was asked to stop")
         for future in done:
             line, position = flights.pop(future)
             spec = line.specs[position]
@@ -137,14 +138,15 @@ def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[Any]
         spec,
         line.unit,
         crew.execution,
-        key=f"{spec.name}-{spec.fingerprint}-{line.unit.name}-{attempt}",
+        # the same unit of another store is other work to a scheduler that both builds use
+        key=f"{spec.name}-{fingerprint({'place': spec.directory})}-{line.unit.name}-{attempt}",
         gpu=spec.name in GPU_STAGES,
     )
 
 
 def _log_failure(spec: StageSpec, unit: Unit, error: BaseException) -> Failure:
     """Write the traceback to `<stage directory>/logs/<unit>.txt`, over that of the unit's failure before."""
-    text = "".join(traceback.format_exception(error))
+    text = without_credentials("".join(traceback.format_exception(error)))
     path = f"logs/{unit.name}.txt"
     log = f"{spec.directory}/{path}"
     try:

@@ -33,7 +33,7 @@ TROUBLES = {
     errno.ENOSPC: ("the disk is full", PlaceError),
     errno.EDQUOT: ("the disk quota is used up", PlaceError),
     errno.EROFS: ("the file system is read-only", PlaceError),
-    errno.EACCES: ("permission is denied", StoreError),
+    errno.EACCES: ("permission is denied", PlaceError),
     errno.EIO: ("Input/output error", StoreError),
 }
 

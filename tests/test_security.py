@@ -310,7 +310,10 @@ def built(tiny_build, tiny_pack, tmp_path_factory):
         report = results.report_of(f"Dataset {build.name}", [figures], specs, 1.0)
         results.write_page(specs, report)
         try:
-            raise OSError("a trouble")
+            try:
+                raise OSError(f"no answer from {SECRETS['PREFECT_API_URL']}")
+            except OSError as cause:
+                raise OSError("a trouble") from cause
         except OSError as error:
             chunks._log_failure(specs["samples"], Unit(0, 0), error)
     return folder / "store"

@@ -232,3 +232,33 @@ def test_numbers_lists_and_commands_in_words():
     assert (count_text(1, "unit"), count_text(1200, "unit")) == ("1 unit", "1,200 units")
     assert names_text([]) == "none" and names_text(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
     assert command_text("gc", "a store; rm -r /") == "negfacediff gc 'a store; rm -r /'"
+
+
+def test_a_store_keeps_its_blocks_when_a_stage_json_is_lost(tiny_build, tmp_path, capsys, monkeypatch):
+    """The record names the blocks that the store has, not those that a later build asked for."""
+    store = tmp_path / "store"
+    build(store, tiny_build)
+    build(store, changed(tiny_build, block_identities=3))
+    before = content(store)
+    (stage_folder(store, "samples") / "stage.json").write_text("{")
+    assert run(capsys, "verify", store, "--repair")[0] == 1
+    monkeypatch.setattr(resume, "build_in", lambda *what: made.append(build(*what)))
+    made.clear()
+    assert run(capsys, "resume", store, "tiny")[0] == 0
+    assert made == [0] and content(store) == before
+
+
+def test_what_would_become_another_dataset_is_not_resumed(store, capsys, monkeypatch):
+    monkeypatch.setattr("negfacediff_core.stages.samples.VERSION", 99)
+    before = content(store)
+    for command in ("resume", "retry-failed"):
+        code, said = run(capsys, command, store, "tiny")
+        assert code == 2 and "would not go on but begin anew from its samples" in said
+    assert made == [] and content(store) == before
+
+
+def test_nothing_is_forgotten_where_the_build_cannot_run(store, capsys):
+    records = {path: path.read_bytes() for path in store.rglob("done/*.json")}
+    code, said = run(capsys, "retry-failed", store, "tiny", "--device", "cuda")
+    assert code == 2 and "needs an NVIDIA GPU" in said
+    assert {path: path.read_bytes() for path in store.rglob("done/*.json")} == records

@@ -426,3 +426,26 @@ def test_who_stops_at_the_first_damage_waits_for_no_other_unit(stages, monkeypat
     assert next(walk).unit == FIRST
     walk.close()
     assert len(taken) < 200
+
+
+def test_a_unit_committed_during_the_walk_is_not_damaged(tmp_path, monkeypatch):
+    spec = make_spec(str(tmp_path), replicates=8, inputs={})
+    shards.prepare(spec)
+    bind(str(tmp_path), "first", {spec.name: spec})
+    make(spec, FIRST)
+    place = type(spec.location)
+    walk = place.walk
+
+    def walk_beside_a_writer(self, path):
+        """Arrays are listed before the writer's commit, records after it."""
+        before = walk(self, path)
+        if path == "" and not records.has_record(spec, FAR):
+            make(spec, FAR)
+            after = walk(self, path)
+            return [entry for entry in after if entry in before or entry.path.startswith("done/")]
+        return before
+
+    monkeypatch.setattr(place, "walk", walk_beside_a_writer)
+    found = survey(str(tmp_path))
+    assert FAR in {stored.unit for stored in found.units}
+    assert [*found.findings, *check_units(found.units)] == []

@@ -69,7 +69,7 @@ def _describes(spec: StageSpec, path: str, wanted: bytes) -> bool:
         whole = all(
             size >= low and size % step == 0 for size, low, step in zip(sizes, least, shard, strict=True)
         )
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
     return whole and stored == expected
 
@@ -111,6 +111,11 @@ def _grow_array(spec: StageSpec, group: zarr.Group, array: ArraySpec) -> None:
         return
     stored = group[array.name]
     assert isinstance(stored, zarr.Array)
+    if stored.shards != _shape(spec, array, (1, 1)):
+        raise StoreError(
+            f"{spec.directory} was made in shards of {stored.shards}, not {_shape(spec, array, (1, 1))}: set "
+            "block_identities and block_images to those of the build that made it."
+        )
     enlarged = tuple(max(old, new) for old, new in zip(stored.shape, wanted, strict=True))
     if enlarged != stored.shape:
         stored.resize(enlarged)

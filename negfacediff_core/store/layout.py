@@ -329,5 +329,6 @@ def write_json(location: Location, path: str, content: Mapping[str, Any]) -> Non
 def damaged(where: str) -> DamagedError:
     """Return the error for the file `where`, whose content is not what the project writes."""
     return DamagedError(
-        f"{where} is damaged: it is not what was written there; delete it and run the build again."
+        f"{where} is damaged: it is not what was written there; negfacediff verify STORE --repair says what "
+        "can be mended, and mends it."
     )

@@ -33,7 +33,7 @@ _REMEDIES = {
     errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise build that stage again",
 }
 # What keeps every file from being written, not one.
-_OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
 class Entry(NamedTuple):
@@ -324,16 +324,21 @@ def _explained_remote(doing: str, url: str) -> Iterator[None]:
             "or NEGFACEDIFF_EXTRAS=s3 ./run ..."
         ) from error
     except Exception as error:
-        reason = _CREDENTIALS.sub("//", f"{type(error).__name__}: {error}").rstrip(".")
+        reason = without_credentials(f"{type(error).__name__}: {error}").rstrip(".")
         remedies = (remedy for kind, remedy in _REMOTE_REMEDIES if isinstance(error, kind))
         raised = PlaceError if isinstance(error, PermissionError) else StoreError
         raise raised(f"cannot {doing} {url}: {reason}; {next(remedies)}.") from error
 
 
+def without_credentials(text: str) -> str:
+    """Return `text` with the user and password of every address in it left out."""
+    return _CREDENTIALS.sub("//", text)
+
+
 def _check_no_secret(url: str) -> None:
     """Refuse an address that carries a secret: it would stand in every record, log and report."""
     if _CREDENTIALS.search(url) or "?" in url:
-        shown = _CREDENTIALS.sub("//", url).partition("?")[0]
+        shown = without_credentials(url).partition("?")[0]
         raise StoreError(
             f"the address of the store {shown} was given with credentials or a query, which would be written "
             "into records and logs; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "

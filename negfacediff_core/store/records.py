@@ -84,13 +84,15 @@ def _read(spec: StageSpec, unit: Unit) -> Record:
         # The first records had no checksum.
         if checksum not in (None, fingerprint(content)):
             raise ValueError("it has another checksum")
-        record = _RECORD.validate_python({**content, "unit": Unit.parse(content["unit"])})
+        content["unit"] = Unit.parse(content["unit"])
+        # What has its checksum is what was written, types and all.
+        record = Record(**content) if checksum else _RECORD.validate_python(content)
         if record.unit != unit:
             raise ValueError(f"a record of unit {record.unit.name}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(
-            f"{spec.directory}/{record_path(unit)} is damaged ({_reason(error)}); delete it and run the "
-            "build again: the unit is then made anew."
+            f"{spec.directory}/{record_path(unit)} is damaged ({_reason(error)}); "
+            f"negfacediff verify {spec.store} --repair has the unit made anew, and what was made from it."
         ) from error
     return record
 

@@ -11,6 +11,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _AXES = ("identities", "replicates")
 # No build is larger; the units of a damaged record's extent must not fill the memory.
 _MOST = 10_000_000
+_MOST_SAMPLES = 10_000_000_000
 
 
 def write_run(store: str, name: str, content: dict[str, Any]) -> None:
@@ -55,6 +56,7 @@ def _is_place(value: Any) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("fingerprint"), str)
         and all(isinstance(value.get(axis), int) and 0 <= value[axis] <= _MOST for axis in _AXES)
+        and value[_AXES[0]] * value[_AXES[1]] <= _MOST_SAMPLES
     )
 
 

@@ -140,7 +140,7 @@ def _checked(spec: StageSpec, record: Record, path: str) -> bytes:
     data = spec.location.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != record.sha256.get(path):
         raise StoreError(
-            f"{spec.directory}/{path} is not what was committed; delete done/{record.unit.name}.json there "
-            "and run the build again: the unit is then made anew."
+            f"{spec.directory}/{path} is not what was committed; negfacediff verify {spec.store} --repair "
+            "has the unit made anew, and what was made from it."
         )
     return data
