@@ -84,9 +84,7 @@ def _read(spec: StageSpec, unit: Unit) -> Record:
         # The first records had no checksum.
         if checksum not in (None, fingerprint(content)):
             raise ValueError("it has another checksum")
-        content["unit"] = Unit.parse(content["unit"])
-        # What has its checksum is what was written, types and all.
-        record = Record(**content) if checksum else _RECORD.validate_python(content)
+        record = _RECORD.validate_python({**content, "unit": Unit.parse(content["unit"])})
         if record.unit != unit:
             raise ValueError(f"a record of unit {record.unit.name}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
