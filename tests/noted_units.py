@@ -157,7 +157,10 @@ def _live(make, store, folder, arguments, kill_at):
 def kill_group(process) -> None:
     """Kill a started process and all that it has started, and wait for its end."""
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet, and started nothing
+            process.kill()
     process.join(60)
 
 
