@@ -150,7 +150,10 @@ def _log_failure(spec: StageSpec, unit: Unit, error: BaseException) -> Failure:
     path = f"logs/{unit.name}.txt"
     log = f"{spec.directory}/{path}"
     try:
-        spec.location.write_atomic(path, text.encode())
+        if spec.location.exists("stage.json"):
+            spec.location.write_atomic(path, text.encode())
+        else:  # a disk that was unmounted: nothing is made anew where it was
+            log = f"none: {spec.directory} is gone"
     except StoreError as trouble:
         # what stopped the unit matters more than what kept its log from being written
         log = f"none: {trouble}"

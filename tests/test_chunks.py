@@ -1,5 +1,6 @@
 """A chunk takes its units through their stages; one that fails is logged and named, and stops no other."""
 
+import shutil
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.store.layout import Grid, StageSpec, Unit
+from negfacediff_core.store.shards import prepare
 from tasks import chunks
 from tasks.chunks import Crew, Line, drive
 from tasks.executors import open_pool
@@ -18,10 +20,13 @@ UNITS = Grid(40, 1, 1, 1).units()
 
 @pytest.fixture
 def specs(tmp_path: Path) -> tuple[StageSpec, ...]:
-    return tuple(
+    made = tuple(
         StageSpec(str(tmp_path), name, 1, {}, {}, Grid(40, 1, 1, 1))
         for name in ("samples", "aligned", "embeddings")
     )
+    for spec in made:
+        prepare(spec)
+    return made
 
 
 @pytest.fixture
@@ -72,6 +77,14 @@ def test_a_later_stage_does_not_wait_for_all_units_of_the_one_before(specs, crew
     drive([Line(unit, specs) for unit in UNITS], 0, crew[0])
     stages = [stage for stage, _ in calls]
     assert stages.index("embeddings") < len(UNITS) - 1 - stages[::-1].index("samples")
+
+
+def test_a_store_that_is_gone_is_not_made_anew_by_a_log(specs, crew, monkeypatch):
+    script(monkeypatch, {("samples", unit.name) for unit in UNITS})
+    shutil.rmtree(specs[0].directory)
+    failures = drive([Line(unit, specs) for unit in UNITS], 0, crew[0])
+    assert len(failures) == len(UNITS) and "is gone" in failures[0].log
+    assert not Path(specs[0].directory).exists()
 
 
 def test_a_poisoned_unit_is_logged_and_named_and_stops_no_other(specs, crew, monkeypatch):

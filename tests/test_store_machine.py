@@ -60,7 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
             commit(spec, unit)
             assert {path: spec.location.read_bytes(path) for path in before} == before
 
-    @rule(stage=STAGES, unit=st.sampled_from(UNITS), point=st.integers(0, 9))
+    @rule(stage=STAGES, unit=st.sampled_from(UNITS), point=st.integers(0, 15))
     def crash(self, stage, unit, point):
         if (stage, unit) in self.files:
             return
@@ -75,7 +75,8 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             self.remember(stage, unit, commit(self.specs[stage], unit))
         except Crash:
-            pass
+            if records.has_record(self.specs[stage], unit):  # it died behind the last rename
+                self.remember(stage, unit, records.read_record(self.specs[stage], unit))
         finally:
             faults.hook = None
 
