@@ -15,7 +15,6 @@ from flows.command import (
     Verbose,
     Workers,
     build_in,
-    check,
     execution_of,
 )
 from flows.words import command_text, count_text, names_text
@@ -77,6 +76,7 @@ def retry_failed(
     from negfacediff_core.store.repair import failed_units, forget_units
     from negfacediff_core.store.runs import read_runs
     from negfacediff_core.store.status import check_store, unfinished
+    from tasks.executors import check_available
 
     execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
     check_store(store)
@@ -84,13 +84,13 @@ def retry_failed(
     failed = {name: stages for name in names if (stages := failed_units(store, name))}
     if run is None:
         if not failed:
-            left = " ".join(command_text("resume", store, name) for name in unfinished(store))
+            left = "; ".join(command_text("resume", store, name) for name in unfinished(store))
             print(f"No unit has failed rows.{' For units that are missing: ' + left if left else ''}")
             return
         counted = {name: f"has {_rows_text(stages)}" for name, stages in failed.items()}
         run = _only("retry-failed", store, counted)
     build = build_of(store, run)
-    check([build], store, execution)
+    check_available(execution)
     check_same(build, store, run)
     retried = failed.get(run, {})
     derived = forget_units(store, {path: set(counts) for path, counts in retried.items()})
@@ -103,7 +103,7 @@ def retry_failed(
 
 
 def check_same(build: "BuildConfig", store: str, run: str) -> None:
-    """Raise StoreError if the build would now make another dataset than the run's record names.
+    """Plan a build, and raise StoreError if it would now make another dataset than its run's record names.
 
     Weights that were exchanged, or a newer version of the code, move a stage to another place.
     """
@@ -115,8 +115,8 @@ def check_same(build: "BuildConfig", store: str, run: str) -> None:
         place = recorded.get(spec.name)
         if place is not None and place["fingerprint"] != spec.fingerprint:
             raise StoreError(
-                f"The run {run} would not go on but begin anew from its {spec.name}: its weights or files or "
-                f"this version of the code, are not those that it was made with ({place['fingerprint']} is "
+                f"The run {run} would not go on but begin anew from its {spec.name}: its weights, files or "
+                f"version of the code are not those that it was made with ({place['fingerprint']} is "
                 f"now {spec.fingerprint}). Bring those back; to make it anew, use negfacediff build with the "
                 "settings in its record."
             )

@@ -1,12 +1,13 @@
 """Shared fixtures: tiny random weights in the layouts of real ones, and a small build of them."""
 
 import os
+import shutil
 import tempfile
 import warnings
 
 import pytest
 import torch
-from diffusion_reference import TINY_MODEL
+from diffusion_reference import TINY_MODEL, save_tiny
 from hypothesis import settings
 from torch import Tensor, nn
 
@@ -123,3 +124,16 @@ def tiny_build(tiny_pack):
             "evaluation": {"bootstrap": 10},
         }
     )
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A saved release of tiny random networks, which tests only read: its folder, and the networks."""
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, *save_tiny(folder)
+
+
+@pytest.fixture
+def release(saved, tmp_path):
+    """A copy of it to change."""
+    return shutil.copytree(saved[0], tmp_path / "release")

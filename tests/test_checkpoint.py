@@ -13,7 +13,6 @@ from diffusion_reference import (
     TINY_MODEL,
     UNET_FILE,
     same_weights,
-    save_tiny,
 )
 from safetensors.torch import save_file
 
@@ -27,17 +26,6 @@ from negfacediff_core.diffusion.first_stage import FirstStageSettings
 from negfacediff_core.diffusion.release_config import CONFIG_FILE, first_stage_settings, read_config
 from negfacediff_core.diffusion.schedule import linear
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return folder, *save_tiny(folder)
-
-
-@pytest.fixture
-def release(saved, tmp_path):
-    return shutil.copytree(saved[0], tmp_path / "release")
 
 
 def edit_config(folder, edit):

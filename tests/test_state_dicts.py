@@ -3,14 +3,13 @@
 import os
 import re
 import shlex
-import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from diffusion_reference import DECODER_FILE, ENCODER_FILE, UNET_FILE, same_weights, save_tiny
+from diffusion_reference import DECODER_FILE, ENCODER_FILE, UNET_FILE, same_weights
 from safetensors.torch import save_file
 
 from negfacediff_core.diffusion.checkpoint import load_generator, weight_files
@@ -19,17 +18,6 @@ from negfacediff_core.diffusion.state_dicts import read_state_dict
 from negfacediff_core.diffusion.training import load_state
 from negfacediff_core.errors import WeightsError
 from negfacediff_core.tensor_files import replacing, write_tensors
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return folder, *save_tiny(folder)
-
-
-@pytest.fixture
-def release(saved, tmp_path):
-    return shutil.copytree(saved[0], tmp_path / "release")
 
 
 def compvis(release, whole_model):
