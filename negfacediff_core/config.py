@@ -105,10 +105,25 @@ class Form(StrEnum):
 
 
 class Precision(StrEnum):
-    """Number format of the networks while sampling."""
+    """Number format of the networks while sampling: take fp32 on a CPU, bf16 on a GPU.
+
+    It changes pixels, so that presets name it and nothing chooses it: the same build makes the same images on
+    every device that has the format, and an error elsewhere. tf32 and fp16 need a GPU.
+    """
 
     fp32 = "fp32"
+    tf32 = "tf32"
     bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Acceleration(StrEnum):
+    """How kernels are launched: one by one, as a CUDA graph, or compiled."""
+
+    auto = "auto"
+    eager = "eager"
+    graphs = "graphs"
+    compile = "compile"
 
 
 class Template(StrEnum):
@@ -123,6 +138,14 @@ class Protocol(StrEnum):
 
     full = "full"
     paper = "paper"
+
+
+class Policy(StrEnum):
+    """What follows when generated images are alike to somebody in a gallery."""
+
+    report = "report"
+    flag = "flag"
+    drop = "drop"
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Random seed, 0 to 2^63 - 1.")]
@@ -298,7 +321,10 @@ class SamplesConfig(Model):
     )
     ddim_alpha: Form = Field(default=Form.exact, description="DDIM's previous alpha; paper: off by one.")
     final_noise: Form = Field(default=Form.exact, description="DDPM's noise at t = 1; paper: none.")
-    precision: Precision = Field(default=Precision.fp32, description="Number format of the networks.")
+    precision: Precision = Field(
+        default=Precision.fp32,
+        description="Number format of the networks: fp32 or bf16; tf32 or fp16 on a GPU alone.",
+    )
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -337,6 +363,50 @@ class EmbeddingsConfig(Model):
         description="insightface model pack with the recogniser that judges; not the generator's own.",
     )
     flip: bool = Field(default=False, description="Add the mirrored crop's embedding.")
+    recogniser: str | None = Field(
+        default=None,
+        description="insightface model pack with the recogniser that samples.generator was trained with: "
+        "each image is compared with the context of its identity. null: it is not.",
+    )
+    band_low: float = Field(
+        default=-1.0,
+        ge=-1,
+        le=1,
+        description="Images whose cosine to their context is below this are left out of the dataset "
+        "(arXiv 2409.18876: moderate similarity trains best).",
+    )
+    band_high: float = Field(
+        default=1.0, ge=-1, le=1, description="Images whose cosine is above this are left out."
+    )
+    quality: str | None = Field(
+        default=None,
+        description="ONNX network that gives an aligned 112x112 crop one number, higher for a better "
+        "picture. null: the norm of the judge's embedding.",
+    )
+    attributes: str | None = Field(
+        default=None,
+        description="ONNX network that gives an aligned 112x112 crop a score for each class of an attribute, "
+        "or insightface's genderage. null: attributes are not counted.",
+    )
+
+    @property
+    def banded(self) -> bool:
+        """Whether images are left out for their similarity to their context."""
+        return self.band_low > -1 or self.band_high < 1
+
+    @model_validator(mode="after")
+    def _band_makes_sense(self) -> "EmbeddingsConfig":
+        if self.band_low > self.band_high:
+            raise ValueError(
+                f"band_low is {self.band_low} and band_high {self.band_high}: no image is in that band; swap "
+                "them, or leave them at -1 and 1"
+            )
+        if self.banded and self.recogniser is None:
+            raise ValueError(
+                "a band needs `recogniser`, which says how similar an image is to its context: give the one "
+                "that samples.generator was trained with, or leave band_low and band_high at -1 and 1"
+            )
+        return self
 
 
 class EvaluationConfig(Model):
@@ -345,6 +415,13 @@ class EvaluationConfig(Model):
     protocol: Protocol = Field(default=Protocol.full, description="Which pairs are scored.")
     bootstrap: int = Field(
         default=200, ge=0, le=10_000, description="Resamples over identities for the confidence intervals."
+    )
+    match_cosine: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Cosine, by the judge, from which two identities count as one; to compare datasets take "
+        "the threshold of FMR 0.1% on real faces. 0: that of this dataset's own impostors.",
     )
     seed: Seed = 0
 
@@ -405,4 +482,52 @@ class ExecutionConfig(Model):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Where networks run: auto (a GPU where there is one), cpu, cuda, or one GPU as cuda:1.",
     )
+    acceleration: Acceleration = Field(
+        default=Acceleration.auto,
+        description="How the sampler's kernels are launched: eager (one by one), graphs (CUDA graphs), "
+        "compile (minutes of warm-up, for long builds), auto (graphs on a GPU, eager elsewhere). Where one "
+        "fails, the next slower one is taken, with a message.",
+    )
     retries: int = Field(default=2, ge=0, le=20, description="Further rounds over units that failed.")
+    approve_above_hours: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="A build that would take more hours than this, by a short timed run, waits for approval: "
+        "on the terminal, or paused in Prefect. 0: never.",
+    )
+
+
+class LeakageConfig(Model):
+    """The leakage gate: whom generated images are compared with, by whom, and what follows."""
+
+    gallery: str = Field(
+        description="Folder of images, one a person or a sub-folder of them a person; or embeddings of one "
+        "recogniser: .npz, Parquet or Zarr with `embeddings`, and `names` that tell who it is."
+    )
+    recognisers: tuple[str, ...] = Field(
+        default=(),
+        max_length=2,
+        description="One or two insightface model packs that did not condition the generator. None: the "
+        "judge of the run.",
+    )
+    detector: str | None = Field(
+        default=None, description="Model pack with the detector of the gallery's faces. None: the run's."
+    )
+    detector_size: int = Field(
+        default=0, ge=0, le=1280, multiple_of=32, description="Side of its input, in pixels; 0: the run's."
+    )
+    policy: Policy = Field(
+        default=Policy.report,
+        description="report: count. flag: list the images that leak in a Parquet file beside the run as "
+        "well. drop: make a run without them as well.",
+    )
+    fmr: float = Field(
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="Images are flagged or dropped at this false match rate of real impostors: 0.001, 0.0001 "
+        "or 0.00001.",
+    )
+    pictures: bool = Field(default=False, description="Draw the most similar pairs.")

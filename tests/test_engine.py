@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusion_reference import TINY_MODEL, randomised
 
+from negfacediff_core.diffusion import engine as engine_module
 from negfacediff_core.diffusion.checkpoint import Generator
 from negfacediff_core.diffusion.engine import SamplerSettings, SamplingEngine
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder
@@ -93,6 +94,52 @@ def test_batch_size_and_order_change_nothing_but_rounding(generator, rows, sampl
     assert_close(mixed, whole._replace(images=whole.images[order], clipped=whole.clipped[order]))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_image_keeps_its_bits_whoever_shares_its_batch(generator, rows, precision):
+    engine = SamplingEngine(generator, SETTINGS, batch_size=3, precision=precision)
+    whole = engine.sample(*rows, seed=9)
+    for others in ([6, 2, 0, 5, 1, 4, 3], [1, 5, 3], [4, 0, 2, 6, 3, 1]):
+        some = engine.sample(*take(rows, np.array(others)), seed=9)
+        assert np.array_equal(some.images, whole.images[others]), others
+        assert np.array_equal(some.clipped, whole.clipped[others])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_sizes_differ_by_a_grey_level(generator, rows, precision):
+    made = [
+        SamplingEngine(generator, SETTINGS, size, precision).sample(*rows, seed=9).images.astype(int)
+        for size in (1, 3, 7)
+    ]
+    difference = np.abs(np.stack(made) - made[0])
+    # where rounding tips the choice of a code, its patch of the image is another: none here in float32
+    assert (difference > 1).mean() < 0.01 and (precision == "bf16" or difference.max() <= 1)
+
+
+@pytest.mark.parametrize(("size", "shapes"), [(3, [9] * 3), (4, [12] * 2), (6, [12] * 2), (20, [21])])
+def test_the_last_batch_is_filled_up_to_the_shape_of_the_others(generator, rows, size, shapes):
+    seen = []
+    hook = generator.unet.final.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
+    made = SamplingEngine(generator, SETTINGS, batch_size=size).sample(*rows, seed=9)
+    hook.remove()
+    # the positive and two negatives of each image, at every step of each batch
+    assert seen == [count for count in shapes for _ in range(SETTINGS.steps)]
+    assert len(made.images) == 7
+
+
+def test_what_a_timestep_steers_by_is_computed_once_for_all_batches(generator, rows, monkeypatch):
+    steered, steer = [], ConditionalUNet.steer
+
+    def counting(self, t):
+        steered.append(t)
+        return steer(self, t)
+
+    monkeypatch.setattr(ConditionalUNet, "steer", counting)
+    engine = SamplingEngine(generator, SETTINGS, batch_size=3)
+    engine.sample(*rows, seed=9)
+    engine.sample(*rows, seed=10)
+    assert steered == [18, 12, 6, 0]
+
+
 def test_the_same_batches_give_the_same_bits(generator, rows):
     first, second = (
         SamplingEngine(generator, SETTINGS, batch_size=4).sample(*rows, seed=9) for _ in range(2)
@@ -147,7 +194,7 @@ def test_every_distinct_vector_of_a_batch_is_projected_once_for_all_steps(genera
     project = ConditionalUNet.project_context
 
     def counting(self, context, *arguments):
-        projected.append(len(context))
+        projected.append(int(context.any(dim=1).sum()))  # zeros fill up
         return project(self, context, *arguments)
 
     monkeypatch.setattr(ConditionalUNet, "project_context", counting)
@@ -178,6 +225,44 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(generator, rows, mon
     limit = 1
     with pytest.raises(torch.OutOfMemoryError):
         engine.sample(*rows, seed=9)
+
+
+def test_where_no_batch_size_is_known_the_largest_that_fits_is_found_once(generator, rows, monkeypatch):
+    evaluated, found = [], []
+
+    def searched(try_it, device):
+        hook = generator.unet.final.register_forward_hook(
+            lambda layer, inputs, out: evaluated.append(len(out))
+        )
+        try_it(2)
+        try_it(9)  # more than there are images
+        hook.remove()
+        found.append(device)
+        return 3
+
+    monkeypatch.setattr(engine_module, "largest_batch", searched)
+    engine = SamplingEngine(generator, SETTINGS)
+    engine.batch_size = 0  # as on a GPU
+    first, second = (engine.sample(*rows, seed=9).images for _ in range(2))
+    assert evaluated == [6, 27] and found == [engine.device] and engine.batch_size == 3
+    assert np.array_equal(first, second)
+
+
+def test_what_a_batch_size_is_remembered_by_tells_what_takes_memory(generator):
+    def needs(other=generator, negatives=1, precision="fp32", **settings):
+        return SamplingEngine(other, SamplerSettings(**settings), precision=precision).needs(negatives)
+
+    wider = make_generator(context_channels=64, learn_empty_context=True)
+    described = [
+        needs(),
+        needs(negatives=2),
+        needs(precision="bf16"),
+        needs(wider),
+        needs(wider, cfg=1.0, negatives=2),
+    ]
+    assert len(set(described)) == len(described)
+    assert needs(w=0.0, negatives=1) == needs(w=0.0, negatives=2)
+    assert needs(w=0.7) == needs(w=0.5, steps=9, sampler="ddpm") == described[0]
 
 
 def test_bfloat16_leaves_the_generator_alone_and_stays_near(generator, rows):
@@ -233,7 +318,13 @@ def test_rows_that_do_not_fit_are_refused(generator, rows):
         (SamplerSettings(weight="linear"), {}, "weight is 'linear'.*adaptive"),
         (SamplerSettings(weight="piecewise"), {}, "samples.curve is ''"),
         (SamplerSettings(cfg=1.0), {}, "weight 1 needs a generator that learned an empty context"),
-        (SETTINGS, {"precision": "fp8"}, "precision is 'fp8'.*fp32, bf16"),
+        (SETTINGS, {"precision": "fp8"}, "precision is 'fp8'.*fp32, tf32, bf16, fp16"),
+        (
+            SETTINGS,
+            {"precision": "tf32"},
+            "precision is tf32, which a CPU does not have.*fp32 or bf16",
+        ),
+        (SETTINGS, {"acceleration": "fast"}, "acceleration is 'fast'.*auto, eager, graphs, compile"),
         (SETTINGS, {"batch_size": -1}, "batch_size is -1"),
     ],
 )

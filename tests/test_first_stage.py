@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from negfacediff_core.diffusion import first_stage
-from negfacediff_core.diffusion.first_stage import Codebook, FirstStageSettings, VQDecoder, VQEncoder
+from negfacediff_core.diffusion.first_stage import (
+    Codebook,
+    FirstStageSettings,
+    Upsample,
+    VQDecoder,
+    VQEncoder,
+)
 from negfacediff_core.errors import ConfigError
 
 TOLERANCE = 5e-5
@@ -103,8 +109,44 @@ def test_the_codebook_finds_the_nearest_code_whatever_the_block(count, codes, wi
     # of squares: float32 rounds these, so two codes that are both very near cannot be told apart by the root
     assert torch.allclose(squares.gather(1, found[:, None])[:, 0], squares.min(dim=1).values, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first_stage, "SEARCH_BLOCK", 7 * codes)
+        patch.setitem(first_stage.SEARCH_BLOCK, "cpu", 7 * codes)
         assert torch.equal(book.nearest(latents).flatten(), found)
+
+
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_upsampling_is_a_convolution_of_repeated_pixels(count, height, width, channels_last, seed):
+    upsample = randomised(Upsample(5), seed).double()
+    x = torch.randn(count, 5, height, width, dtype=torch.float64)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    found = upsample(x.contiguous(memory_format=layout))
+    assert torch.allclose(found, upsample.conv(repeated), rtol=0, atol=1e-12)
+
+
+def test_upsampling_has_the_gradients_of_a_convolution_of_repeated_pixels():
+    upsample = Upsample(4).double()
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *upsample.parameters())
+    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    expected = torch.autograd.grad(upsample.conv(repeated).square().sum(), leaves)
+    found = torch.autograd.grad(upsample(x).square().sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_a_decoder_of_16_bits_keeps_its_codes_and_stays_near():
+    decoder = randomised(VQDecoder(SMALL))
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    exact = decoder(latents)
+    half = decoder.in_precision(torch.bfloat16)
+    assert decoder.in_precision(torch.float32) is decoder
+    assert torch.equal(half.quantize(latents), decoder.quantize(latents))
+    assert half.decoder.conv_in.weight.dtype == torch.bfloat16 and half(latents).dtype == torch.float32
+    error = (half(latents) - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+    assert torch.equal(decoder(latents), exact)  # the copy is one
 
 
 def test_settings_survive_the_way_through_a_configuration():

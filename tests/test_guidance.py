@@ -126,8 +126,8 @@ class GaussianModel:
         self.alpha_bars = schedule.alpha_bars
         self.covariance = covariance
 
-    def __call__(self, x, time, context):
-        ab = self.alpha_bars[time.item()]
+    def __call__(self, x, t, context):
+        ab = self.alpha_bars[t]
         (mean,) = context.parts["mean"]
         x = x.repeat(len(mean) // len(x), 1, 1, 1)
         spread = ab * self.covariance + (1 - ab) * torch.eye(len(self.covariance), dtype=x.dtype)

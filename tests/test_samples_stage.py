@@ -1,17 +1,22 @@
 """Stage `samples`: the contexts and negatives that the engine is given, and how contexts are turned."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from context_material import save_generator_with_empty_context
 from stage_builds import EXECUTION, changed, make, planned
 
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.errors import ConfigError
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages import plan_build, run_unit, samples
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.negatives import stored_negatives
+from negfacediff_core.stages.samples import _cached_engine
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.shards import prepare, read_arrays, read_rows
+from tasks.executors import check_available
 
 
 @pytest.fixture
@@ -90,6 +95,63 @@ def test_guidance_reaches_the_engine(tiny_build, tiny_pack, tmp_path, given):
     settings = engine.settings
     assert (settings.cfg, settings.interval, engine.curve) == (1.5, (0.1, 0.9), ((0, 1), (1, 0)))
     assert read_arrays(specs["samples"], Unit(0, 0))["image"].std() > 10
+
+
+def test_what_a_unit_took_tells_warm_up_from_sampling(tiny_build, tmp_path):
+    specs = make(tiny_build, tmp_path, stages=("contexts", "negatives"))
+    prepare(specs["samples"])
+    _cached_engine.cache_clear()
+    first, second = (run_unit(specs["samples"], Unit(block, 0), EXECUTION).seconds for block in (0, 1))
+    assert set(first) == {"read", "warm_up", "sample", "write"}
+    # the engine is made once
+    assert 0 <= second["warm_up"] < first["warm_up"] and second["sample"] > 0
+
+
+def test_threads_that_start_together_share_an_engine(tiny_build, tmp_path, given):
+    specs = make(tiny_build, tmp_path, stages=("contexts", "negatives"))
+    prepare(specs["samples"])
+    _cached_engine.cache_clear()
+    with ThreadPoolExecutor(2) as threads:
+        units = [Unit(0, 0), Unit(1, 0)]
+        list(threads.map(lambda unit: run_unit(specs["samples"], unit, EXECUTION), units))
+    assert len(given) == 2 and given[0][0] is given[1][0]
+
+
+class GPU:
+    """Stands in for the turn on a GPU: notes what is done while somebody has it."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __enter__(self):
+        self.log.append("turn")
+
+    def __exit__(self, *error):
+        self.log.append("over")
+
+
+def test_a_unit_is_read_and_written_out_of_turn(tiny_build, tmp_path, monkeypatch):
+    specs = make(tiny_build, tmp_path, stages=("contexts", "negatives"))
+    prepare(specs["samples"])
+    log = []
+
+    def noting(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (log.append(name), function(*a, **k))[1])
+
+    noting(samples, "contexts_of")
+    noting(samples, "commit")
+    noting(SamplingEngine, "sample")
+    engine = samples._engine(specs["samples"], "cpu", EXECUTION)
+    monkeypatch.setattr(engine, "turn", GPU(log))
+    run_unit(specs["samples"], Unit(0, 0), EXECUTION)
+    assert log == ["contexts_of", "contexts_of", "turn", "sample", "turn", "over", "over", "commit"]
+
+
+def test_a_precision_that_the_device_lacks_is_refused_before_work_starts():
+    check_available(ExecutionConfig(device="cpu"), "fp32", "bf16")
+    with pytest.raises(ConfigError, match="precision is tf32, which a CPU does not have"):
+        check_available(ExecutionConfig(device="cpu"), "fp32", "tf32")
 
 
 def test_classifier_free_guidance_needs_a_learned_empty_context(tiny_build, tmp_path):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from diffusion_reference import TINY_MODEL, described, manifest, randomised, reference, reference_unet
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from negfacediff_core.diffusion.blocks import MODULATIONS
+from negfacediff_core.diffusion.blocks import MODULATIONS, Convolution3x3
 from negfacediff_core.diffusion.schedule import schedule_from_config
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError, ContextsError
@@ -89,6 +90,54 @@ def test_one_timestep_for_all_equals_one_for_each(condition):
     with torch.inference_mode():
         each, shared = unet(x, torch.tensor([40, 40, 40]), context), unet(x, torch.tensor([40]), context)
     assert torch.allclose(each, shared, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition", sorted(MODULATIONS))
+@torch.inference_mode()
+def test_what_the_timestep_steers_by_may_be_computed_beforehand(condition):
+    unet = randomised(ConditionalUNet(**TINY_MODEL, condition_type=condition))
+    x, context = torch.randn(3, 3, 8, 8), torch.randn(3, 16)
+    for times in (40, torch.tensor([40]), torch.tensor([40, 7, 40])):
+        assert torch.equal(unet(x, unet.steer(times), context), unet(x, times, context))
+    assert torch.allclose(unet.steer(torch.tensor([7, 40]))[1:], unet.steer(40), atol=1e-6)
+
+
+# In the order channels-last the engine runs; small maps are then convolved by matrix products.
+@pytest.mark.parametrize("condition", sorted(MODULATIONS))
+@torch.inference_mode()
+def test_the_order_in_memory_changes_nothing_but_rounding(condition):
+    unet = randomised(ConditionalUNet(**TINY_MODEL, condition_type=condition))
+    x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([40, 7]), torch.randn(4, 16)
+    expected = unet(x, t, context)
+    found = unet.to(memory_format=torch.channels_last)(x, t, context)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 5])
+def test_a_convolution_of_a_small_map_is_a_product(side, monkeypatch):
+    layer = Convolution3x3(5, 7)
+    x = torch.randn(3, 5, side, side, requires_grad=True)
+    expected = layer(x)
+    products = []
+    as_product = Convolution3x3._as_product
+    monkeypatch.setattr(
+        Convolution3x3, "_as_product", lambda self, x: products.append(1) or as_product(self, x)
+    )
+    found = layer.to(memory_format=torch.channels_last)(x)
+    assert bool(products) == (side <= 4)
+    assert torch.allclose(found, expected, atol=1e-6)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("condition", ["CA", "AdaGN"])
+@torch.inference_mode()
+def test_attention_runs_in_fused_kernels(condition, dtype):
+    unet = randomised(ConditionalUNet(**TINY_MODEL, condition_type=condition)).to(dtype)
+    x, context = torch.randn(2, 3, 8, 8), torch.randn(2, 16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where the layout in memory does not suit it
+        assert unet(x, 40, context).isfinite().all()
 
 
 @pytest.mark.parametrize("times", [[5], [5, 90]])

@@ -1,15 +1,16 @@
-"""The building blocks of the conditional U-Net: time embedding, residual blocks, attention, resampling.
+"""The building blocks of the conditional U-Net: time embedding, residual blocks, resampling.
 
 Module attributes carry the names of the IDiff-Face state dict (arXiv 2308.04995), so that released weights
-load key for key. Feature maps are `(N, C, H, W)`, sequences `(N, C, L)`. What depends on the identity alone
-is computed by the `project` methods and handed to `forward` ready made, so that a sampler pays for it once
-an identity, not once a step.
+load key for key. Feature maps are `(N, C, H, W)`. What depends on the identity alone is computed by the
+`project` methods, what depends on the timestep alone by the `steer` methods, and both are handed to
+`forward` ready made, so that a sampler pays for them once an identity and once a timestep, not once an
+evaluation.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
 NORM_GROUPS = 32
-CONTEXT_TOKENS = 32  # tokens that the cross-attention makes of one identity context
+CACHED_MAP = 256  # pixels of a map that is laid out anew where it costs less than it saves
+# Pixels of a map up to which a CPU convolves faster by one matrix product (measured: 1.3 to 4 times at 4x4,
+# slower at 16x16).
+SMALL_MAP = 16
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,43 @@ class ProjectedContext:
             {name: tuple(torch.cat(stack) for stack in parts) for name, parts in stacks.items()}
         )
 
+    def clone(self) -> "ProjectedContext":
+        """The same contexts in memory of their own."""
+        return ProjectedContext({name: tuple(p.clone() for p in part) for name, part in self.parts.items()})
+
+    def overwrite(self, other: "ProjectedContext") -> None:
+        """Copy as many other contexts into the memory of these."""
+        for name, part in self.parts.items():
+            for own, new in zip(part, other.parts[name], strict=True):
+                own.copy_(new)
+
 
 def spread(x: Tensor, rows: int) -> Tensor:
     """Repeat N rows to `rows`, a multiple of N: what no context has touched is computed once for all."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))  # keeps the layout; `repeat` does not
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that is not slow in bfloat16 on a CPU.
+
+    PyTorch's own takes up to nine times as long for maps that are laid out pixel by pixel, and most for the
+    few channels a group of small networks. A map that fits the cache is laid out anew for it, a larger one
+    is normalised in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `(N, C, ...)`; the result has its type and layout."""
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.is_contiguous():
+            return super().forward(x)
+        if math.prod(x.shape[2:]) <= CACHED_MAP:
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def group_norm(channels: int) -> GroupNorm:
     """GroupNorm over 32 groups, as everywhere in this network."""
-    return nn.GroupNorm(NORM_GROUPS, channels)
+    return GroupNorm(NORM_GROUPS, channels)
 
 
 def zero_initialised(layer: Convolution) -> Convolution:
@@ -88,6 +120,28 @@ class TimeEmbedding(nn.Module):
         return self.lin2(F.silu(self.lin1(waves)))
 
 
+class Convolution3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__(channels, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, channels, H, W)` to `(N, out, H, W)`."""
+        small = x.shape[2] * x.shape[3] <= SMALL_MAP and x.device.type == "cpu"
+        # only channels-last weights lie as the product reads them
+        ready = self.weight.is_contiguous(memory_format=torch.channels_last)
+        return self._as_product(x) if small and ready else super().forward(x)
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        """One product of every pixel's 3x3 neighbourhood, `(N H W, 9 channels)`, with the weights."""
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        windows = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # (N, H, W, channels, 3, 3)
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1)
+        rows = windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, weights.shape[1])
+        return F.linear(rows, weights, self.bias).view(*windows.shape[:3], -1).permute(0, 3, 1, 2)
+
+
 class AdaptiveGroupNorm(nn.Module):
     """GroupNorm followed by a scale and shift from outside: norm(h) * (1 + scale) + shift."""
 
@@ -95,9 +149,10 @@ class AdaptiveGroupNorm(nn.Module):
         super().__init__()
         self.norm = group_norm(channels)
 
-    def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Normalise `(N, C, H, W)`; `scale` and `shift` are `(N or 1, C)`."""
-        return torch.addcmul(shift[:, :, None, None], self.norm(h), 1 + scale[:, :, None, None])
+    def forward(self, h: Tensor, steering: Tensor) -> Tensor:
+        """Normalise `(N, C, H, W)`; `steering` is `(N or 1, 2 C)`, the scale and then the shift."""
+        scale, shift = steering[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, self.norm(h), 1 + scale)
 
 
 class ResidualBlock(nn.Module):
@@ -112,141 +167,91 @@ class ResidualBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = group_norm(channels)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.conv1 = Convolution3x3(channels, out)
         self.time_emb = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out))
         self.reads_context = context_channels is not None and condition != "CA"
         if context_channels is not None and self.reads_context:
             self.context_emb = nn.Sequential(nn.SiLU(), nn.Linear(context_channels, out))
-        if condition == "AddPlusGN":
-            self.norm2: nn.Module = group_norm(out)
-        else:
+        self.scales = condition != "AddPlusGN"
+        if self.scales:
             self.scale_emb = nn.Linear(out, out)
             self.shift_emb = nn.Linear(out, out)
-            self.norm2 = AdaptiveGroupNorm(out)
-        self.conv2 = zero_initialised(nn.Conv2d(out, out, 3, padding=1))
+            self.norm2: nn.Module = AdaptiveGroupNorm(out)
+        else:
+            self.norm2 = group_norm(out)
+        self.conv2 = zero_initialised(Convolution3x3(out, out))
         self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
-        self.modulate = MODULATIONS[condition]
+        self.modulation = MODULATIONS[condition]
         self.context_name = ""
+        self.steering_columns = slice(0)
+
+    @property
+    def steering_width(self) -> int:
+        """How many numbers the timestep steers this block by."""
+        return self.conv1.out_channels * (2 if self.scales else 1)
+
+    def steer(self, time: Tensor) -> Tensor:
+        """Embedded timesteps `(N, time_channels)` to what they steer by: `(N, steering_width)`."""
+        time = self.time_emb(time)
+        return torch.cat([self.scale_emb(time), self.shift_emb(time)], dim=1) if self.scales else time
 
     def project(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Embedded contexts `(N, context_channels)` to this block's `(N, out)`."""
-        return (self.context_emb(context),)
+        """Embedded contexts `(N, context_channels)` to what they steer by, `(N, columns)`."""
+        return (self.modulation.project(self, self.context_emb(context)),)
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, steering: Tensor, context: ProjectedContext) -> Tensor:
         """Map `(N, channels, H, W)` to `(R, out, H, W)`; R is the contexts' number if they are read, else N.
 
-        `time` is `(N or 1, time_channels)`.
+        `steering` is `(N or 1, columns of all blocks)`, as the network's `steer` makes it.
         """
         h = self.conv1(F.silu(self.norm1(x)))
-        time = self.time_emb(time)
         projected = context.parts[self.context_name][0] if self.reads_context else None
         if projected is not None:
             h, x = spread(h, len(projected)), spread(x, len(projected))
-        if len(time) > 1:
-            time = spread(time, len(h))
-        h = self.modulate(self, h, time, projected)
+        own = steering[:, self.steering_columns]
+        h = self.modulation.apply(self, h, own if len(own) == 1 else spread(own, len(h)), projected)
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
-def _adaptive(block: ResidualBlock, h: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-    steering = time if context is None else time + context
-    return block.norm2(h, block.scale_emb(steering), block.shift_emb(steering))
+class Modulation(NamedTuple):
+    """How context and time steer a residual block: what is made of an embedded context, and its use.
+
+    `apply(block, h, steering, projected context or None)` gives the normalised maps.
+    """
+
+    project: Callable[[ResidualBlock, Tensor], Tensor]
+    apply: Callable[[ResidualBlock, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _scaled_by_context(block: ResidualBlock, h: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-    h = block.norm2(h, block.scale_emb(time), block.shift_emb(time))
+def _scales(block: ResidualBlock, context: Tensor) -> Tensor:
+    # scale(e_t + e_c) = scale(e_t) + (its weights) e_c: the bias is in the part of the time already
+    return torch.cat([F.linear(context, e.weight) for e in (block.scale_emb, block.shift_emb)], dim=1)
+
+
+def _as_it_is(block: ResidualBlock, context: Tensor) -> Tensor:
+    return context
+
+
+def _adaptive(block: ResidualBlock, h: Tensor, steering: Tensor, context: Tensor | None) -> Tensor:
+    return block.norm2(h, steering if context is None else steering + context)
+
+
+def _scaled_by_context(block: ResidualBlock, h: Tensor, steering: Tensor, context: Tensor | None) -> Tensor:
+    h = block.norm2(h, steering)
     return h if context is None else context[:, :, None, None] * h
 
 
-def _added(block: ResidualBlock, h: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-    steering = time if context is None else time + context
+def _added(block: ResidualBlock, h: Tensor, steering: Tensor, context: Tensor | None) -> Tensor:
+    steering = steering if context is None else steering + context
     return block.norm2(h + steering[:, :, None, None])
 
 
-MODULATIONS: dict[str, Callable[[ResidualBlock, Tensor, Tensor, Tensor | None], Tensor]] = {
-    "CA": _adaptive,
-    "AdaGN": _adaptive,
-    "DiffAE": _scaled_by_context,
-    "AddPlusGN": _added,
+MODULATIONS: dict[str, Modulation] = {
+    "CA": Modulation(_as_it_is, _adaptive),
+    "AdaGN": Modulation(_scales, _adaptive),
+    "DiffAE": Modulation(_as_it_is, _scaled_by_context),
+    "AddPlusGN": Modulation(_as_it_is, _added),
 }
-
-
-class Attention(nn.Module):
-    """Multi-head scaled dot-product attention over sequences `(N, C, L)`."""
-
-    def __init__(self, channels: int, heads: int, source_channels: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Conv1d(channels, channels, 1)
-        self.to_k = nn.Conv1d(source_channels, channels, 1)
-        self.to_v = nn.Conv1d(source_channels, channels, 1)
-        self.proj_out = zero_initialised(nn.Conv1d(channels, channels, 1))
-
-    def _split(self, y: Tensor) -> Tensor:
-        return y.unflatten(1, (self.heads, -1)).transpose(-1, -2)
-
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `(N, source_channels, L)`, each `(N, heads, L, head width)`."""
-        return self._split(self.to_k(source)), self._split(self.to_v(source))
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from `(N, C, L)` to the given keys and values; the result has the shape of `x`."""
-        mixed = F.scaled_dot_product_attention(self._split(self.to_q(x)), keys, values)
-        return self.proj_out(mixed.transpose(-1, -2).flatten(1, 2))
-
-
-class SelfAttentionBlock(nn.Module):
-    """x + self-attention(norm(x)): the attention of every condition type but CA."""
-
-    reads_context = False
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.attention = Attention(channels, heads, channels)
-        self.norm = group_norm(channels)
-
-    def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
-        """Map `(N, C, H, W)` to the same shape; the context is not read."""
-        tokens = self.norm(x.flatten(2))
-        return x + self.attention(tokens, *self.attention.keys_values(tokens)).view(x.shape)
-
-
-class CrossAttentionBlock(nn.Module):
-    """Self-attention, cross-attention to the context's tokens and a feed-forward layer."""
-
-    reads_context = True
-
-    def __init__(self, channels: int, heads: int, context_channels: int):
-        super().__init__()
-        self.x_proj_in = nn.Conv2d(channels, channels, 1)
-        self.x_proj_out = zero_initialised(nn.Conv2d(channels, channels, 1))
-        self.self_attention = Attention(channels, heads, channels)
-        self.c_proj_in = nn.Linear(context_channels, context_channels * CONTEXT_TOKENS)
-        self.cross_attention = Attention(channels, heads, context_channels)
-        # one norm for all three sub-layers: so it is in the released weights
-        self.x_norm = group_norm(channels)
-        self.c_norm = group_norm(context_channels)
-        self.ff = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
-        )
-        self.context_name = ""
-
-    def project(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Cross-attention keys and values `(N, heads, 32, head width)` from `(N, context_channels)`."""
-        tokens = self.c_norm(self.c_proj_in(context).unflatten(1, (-1, CONTEXT_TOKENS)))
-        # contiguous, because they are read at every step of every sample of the identity
-        return tuple(part.contiguous() for part in self.cross_attention.keys_values(tokens))
-
-    def forward(self, x: Tensor, context: ProjectedContext) -> Tensor:
-        """Map `(N, C, H, W)` to `(R, C, H, W)`, where R is the number of contexts."""
-        h = self.x_proj_in(x).flatten(2)
-        tokens = self.x_norm(h)
-        h = h + self.self_attention(tokens, *self.self_attention.keys_values(tokens))
-        keys, values = context.parts[self.context_name]
-        h, x = spread(h, len(keys)), spread(x, len(keys))
-        h = h + self.cross_attention(self.x_norm(h), keys, values)
-        h = h + self.ff(self.x_norm(h).transpose(1, 2)).transpose(1, 2)
-        return x + self.x_proj_out(h.view(x.shape))
 
 
 class Downsample(nn.Module):
@@ -256,7 +261,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, steering: Tensor, context: ProjectedContext) -> Tensor:
         """Map `(N, C, H, W)` to `(N, C, H/2, W/2)`; time and context are not read."""
         return self.conv(x)
 
@@ -268,6 +273,6 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, steering: Tensor, context: ProjectedContext) -> Tensor:
         """Map `(N, C, H, W)` to `(N, C, 2H, 2W)`; time and context are not read."""
         return self.conv(x)

@@ -1,7 +1,11 @@
 """From identity contexts to images: batching, precision, and what is computed once, not every step."""
 
-import copy
+import hashlib
+import threading
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,21 +14,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from negfacediff_core.diffusion.acceleration import Accelerated, Network, choose
+from negfacediff_core.diffusion.batch_size import CPU_BATCH, even_size, largest_batch
 from negfacediff_core.diffusion.blocks import ProjectedContext
 from negfacediff_core.diffusion.checkpoint import Generator
 from negfacediff_core.diffusion.guidance import WEIGHTS, Term, guided, parse_curve, weight_over_time
-from negfacediff_core.diffusion.samplers import SAMPLERS
-from negfacediff_core.errors import ConfigError, ContextsError
+from negfacediff_core.diffusion.precision import PRECISIONS, check_precision, products_in
+from negfacediff_core.diffusion.rows import Rows, check_rows
+from negfacediff_core.diffusion.samplers import SAMPLERS, EpsModel
+from negfacediff_core.diffusion.transfer import Landing, to_device
+from negfacediff_core.errors import ConfigError
 from negfacediff_core.images import to_uint8
 from negfacediff_core.noise import gaussian
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 #: The weight that follows a curve of one's own.
 PIECEWISE = "piecewise"
 
-# images a batch where the caller does not choose: a GPU gains from larger ones than a CPU
-DEFAULT_BATCH = {"cpu": 64, "cuda": 256}
+# Contexts are projected so many at a time, filled up with zeros, so that the kernels that round an identity's
+# tokens do not depend on who shares its batch.
+PROJECTED_AT_ONCE = 8
+# Images are decoded so many at a time: the decoder's maps are the largest, and gain nothing from more.
+DECODED_AT_ONCE = {"cpu": 8, "cuda": 32}
+
+# Threads take turns on a GPU; a thread that has its turn may ask again.
+_TURNS: dict[str, threading.RLock] = defaultdict(threading.RLock)
 
 
 @dataclass(frozen=True)
@@ -59,62 +72,64 @@ class Samples(NamedTuple):
     clipped: NDArray[np.float32]
 
 
-class _Rows(NamedTuple):
-    """What the images of a batch are made from, one row an image."""
-
-    contexts: NDArray[np.float32] | None  # (N, W)
-    negatives: NDArray[np.float32] | None  # (N, K, W)
-    shares: NDArray[np.float32] | None  # (N, K)
-    identities: NDArray[np.int64]
-    replicates: NDArray[np.int64]
-
-    def part(self, start: int, stop: int) -> "_Rows":
-        rows = slice(start, stop)
-        return _Rows(
-            None if self.contexts is None else self.contexts[rows],
-            None if self.negatives is None else self.negatives[rows],
-            None if self.shares is None else self.shares[rows],
-            self.identities[rows],
-            self.replicates[rows],
-        )
-
-
 class SamplingEngine:
     """A generator made ready to sample on the device that it was loaded onto.
 
-    Noise depends on (seed, identity, replicate, step) alone, so batch size and order change an image only
-    through the rounding of batched arithmetic. Where CUDA runs out of memory, the batch is halved and the
-    engine goes on. `batch_size` 0 means the device's default. Raises `ConfigError` for unknown settings.
+    Noise depends on (seed, identity, replicate, step) alone, and every batch is filled up to the same shape:
+    images are the same, bit for bit on a CPU, whoever shares their batch. Another batch size changes them by
+    rounding alone. Where CUDA runs out of memory, the batch is halved and the engine goes on.
+
+    `batch_size` 0 is the device's default on a CPU, and on a GPU the largest that fits, found in the first
+    call; the attribute of that name then tells it. `precision` is a row of `PRECISIONS`, `acceleration` one
+    of `ACCELERATIONS` or `auto`. Threads may share an engine: on a GPU they take turns. Raises `ConfigError`
+    for unknown settings, and those that the generator or its device cannot meet.
     """
 
     def __init__(
-        self, generator: Generator, settings: SamplerSettings, batch_size: int = 0, precision: str = "fp32"
+        self,
+        generator: Generator,
+        settings: SamplerSettings,
+        batch_size: int = 0,
+        precision: str = "fp32",
+        acceleration: str = "auto",
     ):
-        for name, value, table in (
-            ("sampler", settings.sampler, SAMPLERS),
-            ("weight", settings.weight, (*WEIGHTS, PIECEWISE)),
-            ("precision", precision, PRECISIONS),
-        ):
-            if value not in table:
-                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(table)}.")
-        if settings.cfg and not generator.unet.learn_empty_context:
-            raise ConfigError(
-                f"classifier-free guidance of weight {settings.cfg:g} needs a generator that learned an "
-                f"empty context; {generator.folder} did not: set cfg to 0."
-            )
-        if batch_size < 0:
-            raise ConfigError(
-                f"batch_size is {batch_size}; it must be positive, or 0 for the device's default."
-            )
+        _check_settings(generator, settings, batch_size)
+        self.device = generator.unet.image_proj.weight.device
+        check_precision(precision, self.device)
         self.generator = generator
         self.settings = settings
+        self.precision = precision
         self.curve = parse_curve(settings.curve) if settings.weight == PIECEWISE else WEIGHTS[settings.weight]
-        self.device = generator.unet.image_proj.weight.device
-        self.batch_size = batch_size or DEFAULT_BATCH.get(self.device.type, DEFAULT_BATCH["cpu"])
-        self.dtype = PRECISIONS[precision]
-        # in bfloat16 the weights are too: reading them is what small batches wait for
+        self.batch_size = batch_size or (0 if self.device.type == "cuda" else CPU_BATCH)
+        self.dtype = PRECISIONS[precision].dtype
+        # In 16 bits the weights are too: reading them is what small batches wait for.
         same = self.dtype == generator.unet.dtype
-        self.unet = generator.unet if same else copy.deepcopy(generator.unet).to(self.dtype)
+        unet = generator.unet if same else deepcopy(generator.unet).to(self.dtype)
+        # The layout that tensor cores and fused attention read; values stay, so that sharing does no harm.
+        self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.decoder = generator.decoder.in_precision(self.dtype)
+        ways = choose(acceleration, self.device)
+        self.network = Accelerated(self.unet, ways, PRECISIONS[precision].tolerance)
+        #: Held while a GPU samples: graphs, and the number format of products, are the device's.
+        self.turn: AbstractContextManager[object] = (
+            _TURNS[str(self.device)] if self.device.type == "cuda" else nullcontext()
+        )
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds spent on captures and compilations so far, within the calls of `sample`."""
+        return self.network.warm_up
+
+    def needs(self, negatives: int) -> str:
+        """What decides how many images a device holds, for a batch size to be remembered by.
+
+        `negatives` is their number for each image.
+        """
+        weights = (*self.unet.named_parameters(), *self.decoder.named_parameters())
+        shapes = [self.generator.latent_shape, *((name, tuple(weight.shape)) for name, weight in weights)]
+        network = hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+        contexts = 1 + (negatives if self.settings.w else 0) + bool(self.settings.cfg)
+        return f"network {network}, {self.precision}, {self.network.way}, {contexts} contexts an image"
 
     @torch.inference_mode()
     def sample(
@@ -135,102 +150,128 @@ class SamplingEngine:
         each batch with the number of images done. Raises `ContextsError` for arrays that do not fit together,
         or are not finite.
         """
-        rows = _Rows(contexts, negatives, shares, np.asarray(identities), np.asarray(replicates))
-        self._check(rows)
+        rows = Rows(contexts, negatives, shares, np.asarray(identities), np.asarray(replicates))
+        check_rows(rows, self.generator.context_width, self.settings.w)
         side, count = self.generator.image_size, len(rows.identities)
-        images = np.empty((count, side, side, 3), np.uint8)
-        clipped = np.empty(count, np.float32)
-        done = 0
-        while done < count:
-            stop = min(done + self.batch_size, count)
-            try:
-                images[done:stop], clipped[done:stop] = self._make(rows.part(done, stop), seed)
-            except torch.OutOfMemoryError:
-                if stop - done == 1:
-                    raise
-                self.batch_size = (stop - done) // 2
-                torch.cuda.empty_cache()
-                continue
-            done = stop
+        result = Samples(np.empty((count, side, side, 3), np.uint8), np.empty(count, np.float32))
+
+        def keep(start: int, stop: int, images: Landing, clipped: Landing) -> None:
+            result.images[start:stop] = images.wait()[: stop - start]
+            result.clipped[start:stop] = clipped.wait()[: stop - start]
             if progress is not None:
-                progress(done)
-        return Samples(images, clipped)
+                progress(stop)
 
-    def _make(self, rows: _Rows, seed: int) -> Samples:
-        """Sample and decode one batch."""
-        decoded = self._decode(self._latents(rows, seed))
-        clipped = (decoded.abs() > 1.0).float().mean(dim=(1, 2, 3))
-        clipped[~decoded.isfinite().all(dim=(1, 2, 3))] = torch.nan
-        return Samples(to_uint8(decoded.nan_to_num()).cpu().numpy(), clipped.cpu().numpy())
+        with self.turn, products_in(self.precision, self.device):
+            if not self.batch_size:
+                self.batch_size = largest_batch(lambda size: self._try(rows, size), self.device)
+            self._in_batches(rows, seed, keep)
+        return result
 
-    def _latents(self, rows: _Rows, seed: int) -> Tensor:
+    def _in_batches(self, rows: Rows, seed: int, keep: Callable[[int, int, Landing, Landing], None]) -> None:
+        """Make every batch; one is copied to the host while the device works on the next."""
+        count, done = len(rows.identities), 0
+        size = even_size(count, self.batch_size)
+        before: tuple[int, int, Landing, Landing] | None = None
+        while done < count:
+            stop = min(done + size, count)
+            try:
+                made = self._make(rows.filled(done, size), seed)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                made = None  # the memory is given back once the error is gone
+            if made is None:
+                self._halve(size)
+                size = even_size(count - done, self.batch_size)
+                continue
+            if before is not None:
+                keep(*before)
+            before = (done, stop, *made)
+            done = stop
+        if before is not None:
+            keep(*before)
+
+    def _halve(self, size: int) -> None:
+        self.batch_size = size // 2
+        self.network.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _make(self, rows: Rows, seed: int) -> tuple[Landing, Landing]:
+        """Sample and decode one batch: uint8 images and their clipped shares, on their way to the host."""
+        images, clipped = [], []
+        for latents in self._latents(rows, seed).split(DECODED_AT_ONCE[self.device.type]):
+            decoded = self.decoder(latents)
+            share = (decoded.abs() > 1.0).float().mean(dim=(1, 2, 3))
+            finite = decoded.isfinite().all(dim=3).all(dim=2).all(dim=1)
+            clipped.append(share.where(finite, torch.nan))
+            images.append(to_uint8(decoded.nan_to_num()))
+        return Landing(torch.cat(images)), Landing(torch.cat(clipped))
+
+    def _latents(self, rows: Rows, seed: int) -> Tensor:
         """Sample one batch of latents `(N, *latent shape)` float32."""
         schedule, shape = self.generator.schedule, self.generator.latent_shape
-        identities = torch.as_tensor(rows.identities, dtype=torch.int64, device=self.device)
-        replicates = torch.as_tensor(rows.replicates, dtype=torch.int64, device=self.device)
+        identities = to_device(rows.identities.astype(np.int64), self.device)
+        replicates = to_device(rows.replicates.astype(np.int64), self.device)
 
         def noise(step: int) -> Tensor:
             return gaussian(seed, identities, replicates, step, shape, self.device)
 
         sampler = SAMPLERS[self.settings.sampler]
         options = {name: getattr(self.settings, name) for name in sampler.options}
-        eps_model = guided(self.unet, *self._guidance(rows))
+        eps_model = self._eps_model(rows, self.network)
         return sampler.sample(eps_model, noise(schedule.T), schedule, noise, **options)
 
-    def _guidance(self, rows: _Rows) -> tuple[ProjectedContext, list[Term]]:
+    def _eps_model(self, rows: Rows, network: Network) -> EpsModel:
         """Project each row's context, and what it is guided away from; every distinct vector once."""
         settings, T, count = self.settings, self.generator.schedule.T, len(rows.identities)
         if rows.contexts is None:
-            return self.unet.project_empty(count), []
+            return guided(network, self.unet.project_empty(count))
         vectors = rows.contexts[:, None]
         if rows.negatives is not None and settings.w != 0.0:
             vectors = np.concatenate([vectors, rows.negatives], axis=1)
         distinct, indices = np.unique(vectors.reshape(-1, vectors.shape[2]), axis=0, return_inverse=True)
-        projected = self.unet.project_context(torch.as_tensor(distinct, device=self.device))
-        where = torch.as_tensor(indices.reshape(vectors.shape[:2]), device=self.device)
+        projected = self._project(distinct)
+        where = to_device(indices.reshape(vectors.shape[:2]), self.device)
         context, *negatives = (projected.take(column) for column in where.unbind(dim=1))
-        weight = weight_over_time(settings.w, T, self.curve, settings.interval)
-        shares = torch.as_tensor(rows.shares, device=self.device).unbind(dim=1) if negatives else ()
-        terms = [Term(away, weight, share) for away, share in zip(negatives, shares, strict=True)]
+        terms = []
+        if negatives and rows.shares is not None:
+            weight = weight_over_time(settings.w, T, self.curve, settings.interval)
+            shares = to_device(rows.shares, self.device).unbind(dim=1)
+            terms = [Term(away, weight, share) for away, share in zip(negatives, shares, strict=True)]
         if settings.cfg != 0.0:
+            weight = weight_over_time(settings.cfg, T, interval=settings.interval)
             all_of_it = torch.ones(count, device=self.device)
-            empty = self.unet.project_empty(count)
-            terms.append(
-                Term(empty, weight_over_time(settings.cfg, T, interval=settings.interval), all_of_it)
-            )
-        return context, terms
+            terms.append(Term(self.unet.project_empty(count), weight, all_of_it))
+        return guided(network, context, terms)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Decode `(N, *latent shape)` to `(N, 3, H, W)` float32; the codebook search stays in float32."""
-        decoder = self.generator.decoder
-        codes = decoder.quantize(latents)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return decoder(codes, quantize=False).float()
+    def _project(self, vectors: NDArray[np.float32]) -> ProjectedContext:
+        """Project `(K, context width)`, and zeros that nobody asks for."""
+        missing = -len(vectors) % PROJECTED_AT_ONCE
+        filled = to_device(np.pad(vectors, ((0, missing), (0, 0))), self.device)
+        first, *others = (self.unet.project_context(some) for some in filled.split(PROJECTED_AT_ONCE))
+        return first.concat(*others)
 
-    def _check(self, rows: _Rows) -> None:
-        count, width = len(rows.identities), self.generator.context_width
-        if len(rows.replicates) != count:
-            raise ContextsError(f"{count} identities and {len(rows.replicates)} replicates do not pair up.")
-        negatives = 0 if rows.negatives is None else rows.negatives.shape[1]
-        for name, values, expected in (
-            ("contexts", rows.contexts, (count, width)),
-            ("negatives", rows.negatives, (count, negatives, width)),
-            ("shares", rows.shares, (count, negatives)),
-        ):
-            if values is None:
-                continue
-            if values.shape != expected:
-                raise ContextsError(f"The {name} have shape {values.shape}; these images need {expected}.")
-            unusable = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-            if unusable.any():
-                raise ContextsError(
-                    f"The {name} hold NaN or infinity, first for identity {rows.identities[unusable][0]}."
-                )
-        if (rows.negatives is None) != (rows.shares is None):
-            raise ContextsError("Negatives and their shares belong together; give both or neither.")
-        if rows.negatives is None and self.settings.w != 0.0:
-            raise ContextsError(
-                f"The negative weight is {self.settings.w} but no negatives came; set w to 0."
-            )
-        if rows.negatives is not None and rows.contexts is None:
-            raise ContextsError("Negatives came without contexts; give both or neither.")
+    def _try(self, rows: Rows, size: int) -> None:
+        """Do what takes the most memory of a batch: one evaluation with all terms, and a decoding."""
+        x = torch.zeros(size, *self.generator.latent_shape, device=self.device)
+        guided_at = sum(self.settings.interval) / 2
+        eps_model = self._eps_model(rows.filled(0, size), self.network.eager)
+        eps_model(x, int(guided_at * (self.generator.schedule.T - 1)))
+        self.decoder(x[: DECODED_AT_ONCE[self.device.type]])
+
+
+def _check_settings(generator: Generator, settings: SamplerSettings, batch_size: int) -> None:
+    for name, value, table in (
+        ("sampler", settings.sampler, SAMPLERS),
+        ("weight", settings.weight, (*WEIGHTS, PIECEWISE)),
+    ):
+        if value not in table:
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(table)}.")
+    if settings.cfg and not generator.unet.learn_empty_context:
+        raise ConfigError(
+            f"classifier-free guidance of weight {settings.cfg:g} needs a generator that learned an "
+            f"empty context; {generator.folder} did not: set cfg to 0."
+        )
+    if batch_size < 0:
+        raise ConfigError(f"batch_size is {batch_size}; it must be positive, or 0 for the device's default.")

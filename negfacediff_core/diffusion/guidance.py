@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from negfacediff_core.diffusion.acceleration import Network
 from negfacediff_core.diffusion.blocks import ProjectedContext
 from negfacediff_core.diffusion.samplers import EpsModel
-from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError
 
 #: Points (t / T, factor) of a piecewise linear curve, t / T rising from 0 (clean) to 1 (pure noise).
@@ -81,7 +80,7 @@ class Term(NamedTuple):
     share: Tensor
 
 
-def guided(unet: ConditionalUNet, context: ProjectedContext, terms: Sequence[Term] = ()) -> EpsModel:
+def guided(network: Network, context: ProjectedContext, terms: Sequence[Term] = ()) -> EpsModel:
     """eps~ as a function of (x, t): see the head of this file.
 
     `context` holds one projected context a row of x. All predictions of a timestep come from one batched
@@ -92,14 +91,13 @@ def guided(unet: ConditionalUNet, context: ProjectedContext, terms: Sequence[Ter
     stacked: dict[tuple[int, ...], ProjectedContext] = {}
 
     def eps_model(x: Tensor, t: int) -> Tensor:
-        time = torch.full((1,), t, device=x.device)
         weights = [term.weight(t) for term in terms]
         active = tuple(i for i, w in enumerate(weights) if w != 0.0)
         if not active:
-            return unet(x, time, context)
+            return network(x, t, context)
         if active not in stacked:
             stacked[active] = context.concat(*(terms[i].context for i in active))
-        towards, *others = unet(x, time, stacked[active]).chunk(1 + len(active))
+        towards, *others = network(x, t, stacked[active]).chunk(1 + len(active))
         eps = towards
         for i, away in zip(active, others, strict=True):
             eps = eps + (weights[i] * terms[i].share)[:, None, None, None] * (towards - away)

@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from negfacediff_core.diffusion.attention import CrossAttentionBlock, SelfAttentionBlock
 from negfacediff_core.diffusion.blocks import (
     MODULATIONS,
     NORM_GROUPS,
-    CrossAttentionBlock,
     Downsample,
     ProjectedContext,
     ResidualBlock,
-    SelfAttentionBlock,
     TimeEmbedding,
     Upsample,
     group_norm,
@@ -34,9 +33,9 @@ class ResolutionBlock(nn.Module):
         self.res = res
         self.attn = attn
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, steering: Tensor, context: ProjectedContext) -> Tensor:
         """Map `(N, C, H, W)` to `(N, C', H, W)`."""
-        x = self.res(x, time, context)
+        x = self.res(x, steering, context)
         return x if self.attn is None else self.attn(x, context)
 
 
@@ -49,9 +48,9 @@ class MiddleBlock(nn.Module):
         self.attn = attention(channels)
         self.res2 = residual(channels, channels)
 
-    def forward(self, x: Tensor, time: Tensor, context: ProjectedContext) -> Tensor:
+    def forward(self, x: Tensor, steering: Tensor, context: ProjectedContext) -> Tensor:
         """Map `(N, C, H, W)` to the same shape."""
-        return self.res2(self.attn(self.res1(x, time, context), context), time, context)
+        return self.res2(self.attn(self.res1(x, steering, context), context), steering, context)
 
 
 class ConditionalUNet(nn.Module):
@@ -133,6 +132,13 @@ class ConditionalUNet(nn.Module):
         nn.init.zeros_(self.final.weight)
         for name, block in self._context_readers():
             block.context_name = name
+        column = 0
+        for block in self._residual_blocks():
+            block.steering_columns = slice(column, column + block.steering_width)
+            column += block.steering_width
+
+    def _residual_blocks(self) -> list[ResidualBlock]:
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     def _context_readers(self) -> list[tuple[str, ResidualBlock | CrossAttentionBlock]]:
         return [
@@ -180,19 +186,31 @@ class ConditionalUNet(nn.Module):
     def _project(self, embedded: Tensor) -> ProjectedContext:
         return ProjectedContext({name: block.project(embedded) for name, block in self._context_readers()})
 
+    def steer(self, t: Tensor | int) -> Tensor:
+        """Compute everything that depends on the timestep only, for all residual blocks.
+
+        `t` holds `(N,)` timesteps, or is one for all. Returns `(N or 1, columns)`, which `forward` takes in
+        place of the timesteps.
+        """
+        weight = self.image_proj.weight
+        if isinstance(t, int):
+            t = torch.full((1,), t, device=weight.device)
+        time = self.time_emb(t)
+        return torch.cat([block.steer(time) for block in self._residual_blocks()], dim=1)
+
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | int,
         context: Tensor | ProjectedContext | None = None,
         dropout_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise in latents `x`.
 
         `x` is `(N, input_channels, H, W)` with H and W divisible by 2^(levels - 1); `t` holds `(N,)`
-        timesteps, or `(1,)` where all are the same. `context` is what `project_context` takes, the same
-        projected beforehand, or None for the empty context. `dropout_mask` marks rows to be given the empty
-        context.
+        timesteps, is one for all, or is what `steer` made of them. `context` is what `project_context` takes,
+        the same projected beforehand, or None for the empty context. `dropout_mask` marks rows to be given
+        the empty context.
         The result has the shape and type of `x`; the network computes in its own type. With k N contexts,
         latent i meets contexts i, N + i, ..., and the result has k N rows: what no context touches is
         computed once for all of them.
@@ -209,17 +227,17 @@ class ConditionalUNet(nn.Module):
             raise ContextsError(
                 f"{context.rows} contexts do not go with {len(x)} latents: give each as many."
             )
-        time = self.time_emb(t)
+        steering = t if isinstance(t, Tensor) and t.ndim == 2 else self.steer(t)
         h = self.image_proj(x.to(self.dtype))
         skips = [h]
         for stage in self.down:
-            h = stage(h, time, context)
+            h = stage(h, steering, context)
             skips.append(h)
-        h = self.middle(h, time, context)
+        h = self.middle(h, steering, context)
         for stage in self.up:
             if not isinstance(stage, Upsample):
                 h = torch.cat([h, spread(skips.pop(), len(h))], dim=1)
-            h = stage(h, time, context)
+            h = stage(h, steering, context)
         return self.final(F.silu(self.norm(h))).to(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """Stage `samples`: the generator's images."""
 
+import threading
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -13,6 +14,7 @@ from negfacediff_core.diffusion.guidance import parse_curve
 from negfacediff_core.diffusion.samplers import SAMPLERS
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.negatives import mine
+from negfacediff_core.stages import batch_sizes
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.models import describe_device, device_of, generator_of, generator_weight
 from negfacediff_core.stages.negatives import StoredPool, stored_negatives
@@ -22,7 +24,7 @@ from negfacediff_core.store.shards import commit
 from negfacediff_core.store.tables import rows_of
 from negfacediff_core.transforms import TRANSFORMS, safe_lower_bound
 
-VERSION = 2
+VERSION = 3
 COLUMNS = (
     ("identity", "int64"),
     ("replicate", "int64"),
@@ -114,24 +116,30 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     chosen = stored_negatives(spec.input("negatives"), identities)
     away = _negative_contexts(stored, chosen.index, spec.input("negatives").config["rule"])
     lower_bound = _lower_bound(spec, contexts, identities)
-    device = device_of(execution.device)
-    engine = _engine(spec, device, execution.batch_size)
-    read = time.perf_counter() - begun
+    seconds = {"read": time.perf_counter() - begun}
 
     begun = time.perf_counter()
+    device = device_of(execution.device)
+    engine = _engine(spec, device, execution)
+    seconds["warm_up"] = time.perf_counter() - begun
+
     times, seed = len(replicates), spec.config["seed"]
     rows = identities.repeat(times), np.tile(replicates, len(identities))
     towards = contexts.repeat(times, axis=0)
     if lower_bound is not None:
         towards = TRANSFORMS[spec.config["transform"]](towards, seed, *rows, lower_bound.repeat(times))
-    images, clipped = engine.sample(
-        towards,
-        None if away is None else away.repeat(times, axis=0),
-        None if away is None else chosen.weight.repeat(times, axis=0),
-        *rows,
-        seed,
-    )
-    seconds = {"read": read, "sample": time.perf_counter() - begun}
+    shares = None if away is None else chosen.weight.repeat(times, axis=0)
+    away = None if away is None else away.repeat(times, axis=0)
+    with engine.turn:  # on a GPU another thread may be writing the unit before
+        begun, warm_up = time.perf_counter(), engine.warm_up
+        if finds_size := execution.batch_size == 0 and engine.device.type == "cuda":
+            batch_sizes.recall(engine, away)
+        images, clipped = engine.sample(towards, away, shares, *rows, seed)
+        if finds_size:
+            batch_sizes.remember(engine, away)
+        captured = engine.warm_up - warm_up
+        seconds["warm_up"] += captured
+        seconds["sample"] = time.perf_counter() - begun - captured
     broken = np.isnan(clipped)
     images[broken] = 0
     count = len(images)
@@ -187,18 +195,29 @@ def _lower_bound(
     return safe_lower_bound(spec.config["lower_bound"], nearest)
 
 
-def _engine(spec: StageSpec, device: str, batch_size: int) -> SamplingEngine:
+def sampler_settings(spec: StageSpec) -> SamplerSettings:
+    """The settings of the stage's sampler, as the engine takes them."""
     taken = {name: spec.config[name] for name in SamplerSettings.__dataclass_fields__ if name in spec.config}
     taken["interval"] = (spec.config.get("interval_low", 0.0), spec.config.get("interval_high", 1.0))
+    return SamplerSettings(**taken)
+
+
+def _engine(spec: StageSpec, device: str, execution: ExecutionConfig) -> SamplingEngine:
     weight = spec.weights["generator"]
-    return _cached_engine(
-        weight.path,
-        tuple(sorted(weight.sha256.items())),
-        device,
-        SamplerSettings(**taken),
-        batch_size,
-        spec.config["precision"],
-    )
+    with _making:
+        return _cached_engine(
+            weight.path,
+            tuple(sorted(weight.sha256.items())),
+            device,
+            sampler_settings(spec),
+            execution.batch_size,
+            spec.config["precision"],
+            execution.acceleration,
+        )
+
+
+# Threads that start together would otherwise each make an engine before the first has cached it.
+_making = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -209,7 +228,8 @@ def _cached_engine(
     settings: SamplerSettings,
     batch_size: int,
     precision: str,
+    acceleration: str,
 ) -> SamplingEngine:
-    """An engine holds its own copy of the network in bfloat16, so it is made once a process."""
+    """An engine holds graphs and its own copy of the network in 16 bits, so it is made once a process."""
     generator = generator_of(Weight(path, dict(hashes)), device)
-    return SamplingEngine(generator, settings, batch_size, precision)
+    return SamplingEngine(generator, settings, batch_size, precision, acceleration)
