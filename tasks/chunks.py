@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
-from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -22,7 +21,6 @@ from negfacediff_core.store.layout import StageSpec, Unit, fingerprint
 from negfacediff_core.store.location import without_credentials
 from tasks.executors import Pool
 
-GPU_STAGES = frozenset({"samples"})
 # Units that wait in the pool for each worker, so that no worker idles while the driver looks elsewhere.
 WINDOW_PER_WORKER = 2
 # Seconds between two looks at the request to stop.
@@ -58,7 +56,7 @@ class Crew:
     started: Callable[[str], None]
     """Called with the stage when one of its units is handed to the pool."""
     committed: Callable[[str, int], None]
-    """Called with the stage and the number of rows when a unit is committed."""
+    """Called with the stage and the `size_of` the unit when one is committed."""
     stop: threading.Event
 
 
@@ -93,7 +91,7 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
         PlaceError: when a unit could not be committed for a reason that holds for all of them.
     """
     waiting = deque(lines)
-    flights: dict[Future[Any], tuple[Line, int]] = {}
+    flights: dict[Future[None], tuple[Line, int]] = {}
     failures: list[Failure] = []
     window = window or WINDOW_PER_WORKER * crew.pool.workers
 
@@ -119,18 +117,23 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
             if error is not None:
                 failures.append(_log_failure(spec, line.unit, error))
                 continue
-            crew.committed(spec.name, future.result().rows)
+            crew.committed(spec.name, size_of(spec, line.unit))
             if position + 1 < len(line.specs):
                 flights[_launch(line, position + 1, attempt, crew)] = (line, position + 1)
     return failures
 
 
-def _cancel(flights: Iterable["Future[Any]"]) -> None:
+def size_of(spec: StageSpec, unit: Unit) -> int:
+    """Return how many images a unit covers, or identities in a stage that is not per replicate."""
+    return len(spec.grid.identities_of(unit)) * len(spec.grid.replicates_of(unit))
+
+
+def _cancel(flights: Iterable["Future[None]"]) -> None:
     for future in flights:
         future.cancel()
 
 
-def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[Any]":
+def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[None]":
     spec = line.specs[position]
     crew.started(spec.name)
     return crew.pool.submit(
@@ -140,7 +143,8 @@ def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[Any]
         crew.execution,
         # the same unit of another store is other work to a scheduler that both builds use
         key=f"{spec.name}-{fingerprint({'place': spec.directory})}-{line.unit.name}-{attempt}",
-        gpu=spec.name in GPU_STAGES,
+        # images are sampled for contexts too, where these are those of generated faces
+        gpu="generator" in spec.weights,
     )
 
 

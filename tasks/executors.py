@@ -1,7 +1,7 @@
 """Where units run. An executor is a context manager that yields a `Pool`; `EXECUTORS` is the table of them.
 
 Pools hand out `concurrent.futures.Future` objects: whoever waits for a unit does not know where it runs. Only
-small picklable values travel, which unit to do and its completion record; pixels go to the store.
+what names a unit travels, and what went wrong with it; results go to the store.
 """
 
 import logging
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 # Packages whose versions can change a pixel or what travels: drivers and workers must agree on them.
 COMPARED = ("negfacediff", "torch", "numpy", "onnxruntime", "zarr", "distributed")
-# Time without a heartbeat after which a worker is given up. Native code that holds the GIL sends none.
-WORKER_TTL = "30 minutes"
+# Seconds without a heartbeat after which a worker is given up. Native code that holds the GIL sends none.
+WORKER_TTL = 1800.0
+# Units that a GPU has in hand: while one is sampled, the other is read, or encoded and written. The engine
+# lets one at a time onto the GPU.
+UNITS_PER_GPU = 2
 # How long a scheduler may take to answer, and then to have a worker.
 CONNECT_SECONDS, WORKER_SECONDS = 10, 30
 _CLUSTER: dict[str, Any] = {
@@ -42,8 +45,12 @@ class Submit(Protocol):
 
     def __call__(
         self, function: Callable[..., Any], *args: Any, key: str, gpu: bool = False
-    ) -> "Future[Any]":
-        """Start `function(*args)`; `key` names it, once and for all; `gpu`: it wants the accelerator."""
+    ) -> "Future[None]":
+        """Start `function(*args)`; `key` names it, once and for all; `gpu`: it wants the accelerator.
+
+        The future ends when the call has ended, or raises what that raised. What it returned stays where it
+        ran: fetching it would double the messages that a unit costs, and the store holds all that counts.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,11 @@ def _local_workers(execution: ExecutionConfig) -> int:
     return execution.workers or max(1, usable_cores() // execution.threads_per_worker)
 
 
-def check_available(execution: ExecutionConfig) -> None:
-    """Raise ConfigError if this machine, or the scheduler, lacks what `execution` asks for."""
+def check_available(execution: ExecutionConfig, *precisions: str) -> None:
+    """Raise ConfigError if this machine, or the scheduler, lacks what `execution` asks for.
+
+    `precisions` are the number formats of the builds; what workers of a remote scheduler have, they say.
+    """
     if "://" in execution.executor:
         with _connected(execution.executor):
             return
@@ -91,6 +101,12 @@ def check_available(execution: ExecutionConfig) -> None:
                 f"The executor cuda runs one worker a GPU: {execution.workers} workers were asked for and "
                 f"there are {gpus} GPUs. Leave workers at 0 to use them all."
             )
+    if precisions:
+        from negfacediff_core.diffusion.precision import check_precision
+        from negfacediff_core.stages.models import device_of
+
+        for precision in precisions:
+            check_precision(precision, device_of(execution.device))
 
 
 def _count_gpus(what: str, otherwise: str) -> int:
@@ -107,12 +123,13 @@ def _count_gpus(what: str, otherwise: str) -> int:
 
 @contextmanager
 def threads(execution: ExecutionConfig) -> Iterator[Pool]:
-    """Run units in threads of this process. Where there is a GPU, one thread of its own feeds it."""
+    """Run units in threads of this process. Where there is a GPU, threads of its own feed it."""
 
-    def call(function: Callable[..., Any], args: tuple[Any, ...], key: str, gpu: bool) -> Any:
-        return function(*args)
+    def call(function: Callable[..., Any], args: tuple[Any, ...], key: str, gpu: bool) -> None:
+        function(*args)
 
-    with _lanes(_local_workers(execution), int(uses_gpu(execution.device)), call) as pool:
+    gpu_units = UNITS_PER_GPU if uses_gpu(execution.device) else 0
+    with _lanes(_local_workers(execution), gpu_units, call) as pool:
         yield pool
 
 
@@ -137,7 +154,10 @@ def cuda(execution: ExecutionConfig) -> Iterator[Pool]:
     spare = max(1, usable_cores() // workers // execution.threads_per_worker)
     with _local_pool(
         lambda: LocalCUDACluster(
-            n_workers=workers, threads_per_worker=1 + spare, resources={"GPU": 1}, **_CLUSTER
+            n_workers=workers,
+            threads_per_worker=UNITS_PER_GPU + spare,
+            resources={"GPU": UNITS_PER_GPU},
+            **_CLUSTER,
         )
     ) as pool:
         yield pool
@@ -145,8 +165,11 @@ def cuda(execution: ExecutionConfig) -> Iterator[Pool]:
 
 @contextmanager
 def address(execution: ExecutionConfig) -> Iterator[Pool]:
-    """Run units on the workers of the Dask scheduler whose address `execution.executor` is."""
-    with _dask_settings(), _connected(execution.executor) as client, _dask_pool(client) as pool:
+    """Run units on the workers of the Dask scheduler whose address `execution.executor` is.
+
+    The scheduler keeps what `_settle` sets, for whatever else it is given.
+    """
+    with _connected(execution.executor) as client, _dask_pool(client) as pool:
         yield pool
 
 
@@ -221,24 +244,27 @@ def _check_workers(client: "Client", where: str) -> None:
             )
 
 
-def _dask_settings() -> AbstractContextManager[Any]:
-    from dask import config
+def _settle(client: "Client") -> None:
+    """Have the scheduler, wherever it runs, treat units and workers as a build needs it."""
 
-    return config.set(
-        {
-            "distributed.scheduler.worker-ttl": WORKER_TTL,
-            # A unit whose worker died fails at once and comes back in the next round, as any other does.
-            "distributed.scheduler.allowed-failures": 0,
-        }
-    )
+    # Nested, and of nothing but what stands in it: so it travels as code, and needs no negfacediff there.
+    def settle(dask_scheduler: Any, ttl: float) -> None:
+        # A unit whose worker died fails at once and comes back in the next round, as any other does.
+        dask_scheduler.allowed_failures = 0
+        dask_scheduler.worker_ttl = ttl
+
+    client.run_on_scheduler(settle, ttl=WORKER_TTL)
 
 
 @contextmanager
 def _local_pool(make_cluster: Callable[[], Any]) -> Iterator[Pool]:
     """Yield a pool on the cluster that `make_cluster` starts on this machine."""
+    from dask import config
     from distributed import Client
 
-    with _dask_settings():
+    # A worker that died is started again, which on a busy machine takes longer than Dask waits for it (15 s).
+    # Afterwards it never would be: a build whose workers have all died once would wait for ever.
+    with config.set({"distributed.deploy.lost-worker-timeout": WORKER_TTL}):
         with shielded_from_interrupts():
             cluster = make_cluster()
         with cluster, Client(cluster, set_as_default=False) as client, _dask_pool(client) as pool:
@@ -263,15 +289,18 @@ def shielded_from_interrupts() -> Iterator[None]:
 @contextmanager
 def _dask_pool(client: "Client") -> Iterator[Pool]:
     """Wrap a Dask client. A worker thread has one unit at a time: when it dies, it takes no other along."""
+    _settle(client)
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     slots = sum(worker["nthreads"] for worker in workers)
     gpus = int(sum(worker["resources"].get("GPU", 0) for worker in workers))
 
-    def call(function: Callable[..., Any], args: tuple[Any, ...], key: str, gpu: bool) -> Any:
+    def call(function: Callable[..., Any], args: tuple[Any, ...], key: str, gpu: bool) -> None:
         resources = {"GPU": 1} if gpu and gpus else None
         future = client.submit(function, *args, key=key, pure=False, resources=resources)
         try:
-            return future.result()
+            error = future.exception()
+            if error is not None:
+                raise error.with_traceback(future.traceback())
         finally:
             future.release()
 
@@ -285,7 +314,7 @@ def _lanes(workers: int, gpus: int, call: Callable[..., Any]) -> Iterator[Pool]:
     plain = ThreadPoolExecutor(workers, thread_name_prefix="unit")
     accelerated = ThreadPoolExecutor(gpus, thread_name_prefix="gpu-unit") if gpus else plain
 
-    def submit(function: Callable[..., Any], *args: Any, key: str, gpu: bool = False) -> "Future[Any]":
+    def submit(function: Callable[..., Any], *args: Any, key: str, gpu: bool = False) -> "Future[None]":
         return (accelerated if gpu else plain).submit(call, function, args, key, gpu)
 
     try:

@@ -1,18 +1,20 @@
 """Builds whose processes may die: their units leave on disk what was done with them, and by which process.
 
 The folder of notes is named by an environment variable, so that worker processes inherit it. It may hold
-poison: a file `<stage>-<unit>` that says `raise` or `die`.
+poison: a file `<stage>-<unit>` that says `raise` or `die`. Another variable names a folder of planned deaths.
 """
 
 import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Event
+from urllib.parse import quote
 
 import small_stage
 
@@ -21,6 +23,7 @@ from negfacediff_core.errors import BuildError
 from negfacediff_core.store import faults, records, shards
 
 NOTES = "NEGFACEDIFF_TEST_NOTES"
+PLAN = "NEGFACEDIFF_TEST_PLAN"
 # What a unit of the small stage takes, so that there is time to kill it in.
 SMALL_SECONDS = 0.05
 
@@ -28,6 +31,36 @@ SMALL_SECONDS = 0.05
 # import the last, for seconds, when the first network is loaded.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["noted_units", "flows.build", "hypothesis", "pytest", "torch._dynamo"])
+
+
+# What a thread is at: the stage of the unit that it began last.
+_doing = threading.local()
+
+
+def step_of(point: str) -> str:
+    """Name a point of a commit together with its stage: the files of all stages have like names."""
+    stage = getattr(_doing, "stage", None)
+    return f"{stage}: {point}" if stage else point
+
+
+def plan_deaths(folder: Path, steps: Iterable[str]) -> Path:
+    """Plan that at each of the steps, as `step_of` names them, the process that first takes it dies."""
+    folder.mkdir()
+    for step in steps:
+        (folder / quote(step, safe="")).touch()
+    return folder
+
+
+def _die_as_planned(point: str) -> None:
+    try:
+        Path(os.environ[PLAN], quote(step_of(point), safe="")).unlink()  # nobody else dies of it
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if PLAN in os.environ:  # a worker process of Dask, which imports this when it gets its first unit
+    faults.hook = _die_as_planned
 
 
 def note(mark, spec, unit):
@@ -49,8 +82,7 @@ def count(folder: Path, mark: str) -> Counter[tuple[str, str]]:
 
 def run_small(spec, unit, execution):
     """Make a unit of the small stage."""
-    note("start", spec, unit)
-    _take_poison(spec, unit)
+    _begin(spec, unit)
     time.sleep(SMALL_SECONDS)
     record = small_stage.commit(spec, unit)
     note("end", spec, unit)
@@ -61,14 +93,15 @@ def run_real(spec, unit, execution):
     """Make a unit of any stage of a real build."""
     from negfacediff_core.stages import run_unit  # workers that make small units need no torch
 
-    note("start", spec, unit)
-    _take_poison(spec, unit)
+    _begin(spec, unit)
     record = run_unit(spec, unit, execution)
     note("end", spec, unit)
     return record
 
 
-def _take_poison(spec, unit):
+def _begin(spec, unit):
+    _doing.stage = spec.name
+    note("start", spec, unit)
     poison = Path(os.environ[NOTES], f"{spec.name}-{unit.name}")
     if poison.exists():
         if poison.read_text() == "die":
@@ -112,7 +145,7 @@ def _finish(groups: Iterable, run_unit, execution: ExecutionConfig) -> None:
 
     flow.run_chunk, chunks.run_unit = Direct, run_unit
     with open_pool(execution) as pool:
-        crew = chunks.Crew(pool, execution, lambda stage: None, lambda stage, rows: None, Event())
+        crew = chunks.Crew(pool, execution, lambda stage: None, lambda stage, rows: None, threading.Event())
         for specs in groups:
             flow.finish(specs, crew)
 
@@ -120,8 +153,8 @@ def _finish(groups: Iterable, run_unit, execution: ExecutionConfig) -> None:
 def start(make, store: Path, folder: Path, *arguments, kill_at: str | Path | None = None):
     """Start `make(store, *arguments)` in a process, the first of a group of its own.
 
-    It kills itself at the step `kill_at`, or, where that is a file, at the first step that the file does not
-    list yet.
+    It kills itself at the step `kill_at`, or, where that is a file, at the first step of whose kind the file
+    lists none yet. Where it is a folder of planned deaths, it and its workers die as planned.
     """
     folder.mkdir(exist_ok=True)
     process = PROCESSES.Process(target=_live, args=(make, str(store), str(folder), arguments, kill_at))
@@ -130,21 +163,26 @@ def start(make, store: Path, folder: Path, *arguments, kill_at: str | Path | Non
 
 
 def _live(make, store, folder, arguments, kill_at):
-    listed = set(kill_at.read_text().splitlines()) if isinstance(kill_at, Path) else None
+    in_file = isinstance(kill_at, Path) and kill_at.is_file()
+    listed = set(kill_at.read_text().splitlines()) if in_file else set()
 
-    def observe(step):
+    def observe(point):
+        step = step_of(point)
         with Path(folder, "steps.txt").open("a") as file:
             file.write(f"{step}\n")
-        # every life writes its run and tries the place anew: there would be no end
-        if listed is not None and step not in listed and "runs/" not in step and "writable-" not in step:
+        if in_file and (kind := kind_of(step)) and kind not in listed:
             with kill_at.open("a") as file:
-                file.write(f"{step}\n")
+                file.write(f"{kind}\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if PLAN in os.environ:
+            _die_as_planned(point)
 
     os.setsid()
     os.environ[NOTES] = folder
+    if isinstance(kill_at, Path) and not in_file:
+        os.environ[PLAN] = str(kill_at)
     os.fsync = lambda handle: None  # a killed process, unlike a dead machine, loses nothing written
     faults.hook = observe
     try:
@@ -152,6 +190,11 @@ def _live(make, store, folder, arguments, kill_at):
     except BuildError as error:
         Path(folder, "error.txt").write_text(str(error))
         os._exit(1)
+
+
+def kind_of(step: str) -> str:
+    """Return a step without the numbers of its unit; nothing for one that every life takes anew."""
+    return "" if "runs/" in step or "writable-" in step else re.sub(r"\d+", "#", step)
 
 
 def kill_group(process) -> None:

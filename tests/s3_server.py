@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -14,6 +15,9 @@ import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
+from unittest.mock import patch
+
+import fsspec
 
 KEY, SECRET = "AKIATESTTESTTESTTEST", "secret/of+the+tests/that+nobody+may+read"
 KINDS = ("error", "slow_down", "refused", "lost", "cut")
@@ -116,6 +120,16 @@ def serving():
         process.terminate()
         process.wait(20)
         process.stdout.close()
+
+
+@contextmanager
+def connected():
+    """Run a server with the bucket `bucket`, which clients of this process find in their environment."""
+    with serving() as server, patch.dict(os.environ, environment(server)):
+        os.environ.pop("AWS_PROFILE", None)
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+        yield server
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def environment(server):

@@ -4,7 +4,6 @@ import shutil
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,14 +14,15 @@ from tasks import chunks
 from tasks.chunks import Crew, Line, drive
 from tasks.executors import open_pool
 
-UNITS = Grid(40, 1, 1, 1).units()
+# Units of 3 x 2 images.
+GRID = Grid(120, 2, 3, 2)
+UNITS = GRID.units()
 
 
 @pytest.fixture
 def specs(tmp_path: Path) -> tuple[StageSpec, ...]:
     made = tuple(
-        StageSpec(str(tmp_path), name, 1, {}, {}, Grid(40, 1, 1, 1))
-        for name in ("samples", "aligned", "embeddings")
+        StageSpec(str(tmp_path), name, 1, {}, {}, GRID) for name in ("samples", "aligned", "embeddings")
     )
     for spec in made:
         prepare(spec)
@@ -57,7 +57,6 @@ def script(
         calls.append((spec.name, unit))
         if (spec.name, unit.name) in poison:
             raise RuntimeError(f"no luck with {unit.name}")
-        return SimpleNamespace(rows=5)
 
     monkeypatch.setattr(chunks, "run_unit", run_unit)
     return calls
@@ -69,7 +68,7 @@ def test_every_unit_passes_every_stage_once_and_in_order(specs, crew, monkeypatc
     assert drive([Line(unit, specs) for unit in UNITS], 0, crew) == []
     for unit in UNITS:
         assert [stage for stage, done in calls if done == unit] == ["samples", "aligned", "embeddings"]
-    assert seen.count(("committed", "aligned", 5)) == len(UNITS)
+    assert seen.count(("committed", "aligned", 6)) == len(UNITS)
 
 
 def test_a_later_stage_does_not_wait_for_all_units_of_the_one_before(specs, crew, monkeypatch):
@@ -112,7 +111,6 @@ def test_a_request_to_stop_ends_the_chunk_and_hands_out_nothing_more(specs, crew
     def run_unit(spec, unit, execution):
         calls.append(unit)
         crew.stop.set()
-        return SimpleNamespace(rows=1)
 
     monkeypatch.setattr(chunks, "run_unit", run_unit)
     with pytest.raises(CancelledError):

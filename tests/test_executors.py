@@ -1,11 +1,16 @@
 """Every executor gives the same results, and what goes wrong in one piece of work stays with that piece."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import wait
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import LocalCluster
 from noted_units import NOTES, build_small, count, promises, results, start
@@ -18,8 +23,10 @@ from tasks import executors
 from tasks.executors import Pool, check_available, open_pool
 
 
-def square(number: int) -> tuple[int, int]:
-    return number * number, os.getpid()
+def leave(folder: Path, number: int) -> bytes:
+    """Write a number's square to a file, as stages write to the store; what is returned is not fetched."""
+    (folder / str(number)).write_text(str(number**2))
+    return b"x" * 2**20
 
 
 def poisoned(number: int) -> int:
@@ -52,9 +59,10 @@ def pool(request):
         yield pool
 
 
-def test_results_come_back_whatever_the_executor(pool: Pool):
-    futures = {number: pool.submit(square, number, key=f"square-{number}") for number in range(20)}
-    assert {number: future.result(timeout=30)[0] for number, future in futures.items()} == {
+def test_work_is_done_whatever_the_executor_and_nothing_is_sent_back(pool: Pool, tmp_path):
+    futures = [pool.submit(leave, tmp_path, number, key=f"{tmp_path}-{number}") for number in range(20)]
+    assert [future.result(timeout=30) for future in futures] == [None] * 20
+    assert {int(file.name): int(file.read_text()) for file in tmp_path.iterdir()} == {
         number: number**2 for number in range(20)
     }
     assert pool.workers == 2
@@ -80,6 +88,17 @@ def test_a_worker_that_dies_fails_its_own_piece_alone():
         wait(futures, timeout=60)
         assert [future.exception() is None for future in futures] == [True, True, True, False, True]
         assert "KilledWorker" in type(futures[3].exception()).__name__
+
+
+def test_a_worker_that_takes_long_to_start_again_is_waited_for():
+    """Dask gives one up that is not back in 15 s, here in no time; then nobody would be left."""
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "10ms"}),
+        open_pool(ExecutionConfig(executor="dask", workers=1, device="cpu")) as pool,
+    ):
+        with pytest.raises(Exception, match="died while running it"):
+            pool.submit(die, 3, key="die-3").result(timeout=60)
+        pool.submit(die, 4, key="die-4").result(timeout=60)
 
 
 def built(store: Path, folder: Path, **execution) -> int:
@@ -144,15 +163,64 @@ def test_poisoned_units_fail_alone_are_named_with_their_logs_and_can_follow(by_o
     assert results(store) == results(by_one_thread)
 
 
-def test_one_thread_feeds_the_gpu_while_others_work(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def far_away(tmp_path):
+    """The address of a scheduler with two workers, processes that this one has not made, and their notes."""
+    file, folder = tmp_path / "scheduler.json", tmp_path / "far-away"
+    folder.mkdir()
+    places = {NOTES: str(folder), "PYTHONPATH": str(Path(__file__).parent)}
+    scheduler = ["dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)]
+    workers = ["dask_worker", "--scheduler-file", str(file), "--nworkers", "2", "--nthreads", "1"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{command}", *arguments, "--no-dashboard"],
+            env={**os.environ, **places},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for command, *arguments in (scheduler, workers)
+    ]
+    try:
+        until = time.monotonic() + 60
+        while not (file.exists() and file.read_text()):
+            assert time.monotonic() < until, "the scheduler does not start"
+            time.sleep(0.1)
+        yield json.loads(file.read_text())["address"], folder
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_unit_that_kills_workers_of_a_scheduler_elsewhere_dies_once_a_round(
+    by_one_thread, far_away, tmp_path
+):
+    """As it does with local workers: the scheduler itself would try it on three more of them."""
+    address, notes = far_away
+    (notes / "samples-00005-000").write_text("die")
+    assert built(tmp_path / "store", notes, executor=address, retries=1) == 1
+    error = (notes / "error.txt").read_text()
+    assert error.startswith("1 unit is not done after 2 rounds: samples 00005-000: KilledWorker: its worker ")
+    begun = count(notes, "start")
+    assert begun.pop(("samples", "00005-000")) == 2
+    assert set(begun.values()) == {1} and len(begun) == 7
+
+    (notes / "samples-00005-000").unlink()
+    assert built(tmp_path / "store", notes, executor=address) == 0
+    assert results(tmp_path / "store") == results(by_one_thread)
+
+
+def test_two_units_have_the_gpu_in_hand_while_others_work(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "uses_gpu", lambda device: True)
     both_at_once = threading.Barrier(2, timeout=10)
-    running = []
+    # one samples while the other writes, and never a third
+    two_in_hand, running = threading.Barrier(2, timeout=10), []
 
     def on_gpu():
         running.append(1)
-        assert len(running) == 1
-        time.sleep(0.05)
+        assert len(running) <= executors.UNITS_PER_GPU == 2
+        two_in_hand.wait()
         running.pop()
 
     with open_pool(ExecutionConfig(workers=2)) as pool:

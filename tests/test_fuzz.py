@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 import zarr
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_stage import commit, content_of, make_spec
 from test_fingerprints import all_fields
@@ -25,10 +25,13 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.contexts import load_contexts, load_identities
 from negfacediff_core.errors import DamagedError, NegFaceDiffError
 from negfacediff_core.store import shards, tables
+from negfacediff_core.store.gc import find_rubbish
 from negfacediff_core.store.layout import adopt, read_spec
-from negfacediff_core.store.records import records
+from negfacediff_core.store.records import pending, records
+from negfacediff_core.store.repair import failed_units, repair
 from negfacediff_core.store.runs import read_runs, write_run
 from negfacediff_core.store.status import status
+from negfacediff_core.store.verify import check_units, survey
 
 LONGEST_MESSAGE = 3000
 SECONDS = 120
@@ -214,6 +217,56 @@ def test_any_damage_to_a_store_is_an_error_or_no_harm(stored, data):
         for each, content in files.items():
             if each.read_bytes() != content:
                 each.write_bytes(content)
+
+
+def look_over(store):
+    """Check a store, look for rubbish, and mend it, as verify, gc and verify --repair do.
+
+    Returns what was found, and whether something was left for a person to mend.
+    """
+    found = harmless(lambda: survey(store))
+    findings = [] if found is None else [*found.findings, *check_units(found.units, workers=1)]
+    for finding in findings:
+        assert finding.problem and "\n" not in finding.problem and len(finding.problem) < LONGEST_MESSAGE
+    harmless(lambda: find_rubbish(store))
+    harmless(lambda: failed_units(store, "run"))
+    mended = harmless(lambda: repair(store, findings))
+    return findings, mended is None or bool(mended.left)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_to_a_store_is_found_and_what_can_be_mended_is(stored, tmp_path, data):
+    """What `verify` has found and `--repair` has mended is made again by the next build, to the same."""
+    spec, files = stored
+    store = tmp_path / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    shutil.copytree(spec.store, store)
+    path = data.draw(st.sampled_from(list(files)))
+    damaged = data.draw(damages(files[path]))
+    (store / path.relative_to(spec.store)).write_bytes(damaged)
+    findings, left = look_over(str(store))
+    of_a_unit = path.parent.name in ("done", "rows") or path.name.startswith("c.")
+    if of_a_unit and damaged != files[path] and not means_the_same(files[path], damaged):
+        assert findings, "damage to a unit that verify does not see"
+    again = make_spec(store, inputs={})
+    try:
+        shards.prepare(again)
+        for unit in pending(again):
+            commit(again, unit)
+    except NegFaceDiffError:
+        assert left
+    else:
+        read_units(again)
+
+
+def means_the_same(data, damaged):
+    """Whether two records say the same but for their checksum, which the first ones did not have."""
+    try:
+        before, after = json.loads(data), json.loads(damaged)
+        return {**before, "checksum": None} == {**after, "checksum": None}
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 @settings(max_examples=100)

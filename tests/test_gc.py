@@ -1,10 +1,14 @@
 """What no run needs is found and removed in an order that can be cut short; all else is left alone."""
 
+import fcntl
 import os
+import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
+import fsspec
 import pytest
 from small_stage import commit, make_spec
 
@@ -35,6 +39,14 @@ def age(folder):
     """Make everything look as if nobody had touched it for two hours."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (time.time() - 7200,) * 2)
+
+
+def age_place(url):
+    """Do what `age` does, in a folder or in memory."""
+    if not url.startswith("memory:"):
+        return age(Path(url))
+    for file in fsspec.filesystem("memory").store.values():
+        file.created -= timedelta(hours=2)
 
 
 @pytest.fixture
@@ -69,6 +81,99 @@ def test_what_was_touched_in_the_last_hour_is_passed_over(store):
     unneeded = make_spec(store, inputs={}, config={"w": 0.9})
     shards.prepare(unneeded)  # a build that has yet to write its run record
     assert find_rubbish(str(store)) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"])
+def test_what_was_prepared_a_moment_ago_is_in_use_although_no_run_names_it(place, tmp_path):
+    """On an object store too, where a stage that stands already is not written again otherwise."""
+    url = str(tmp_path) if place == "folder" else f"memory://{tmp_path.name}/store"
+    bind(url, "kept", filled(url))
+    unneeded = filled(url, config={"w": 0.9})
+    age_place(url)
+    before = unneeded.location.walk("")
+    (only,) = find_rubbish(url)
+    shards.prepare(unneeded)  # a build begins, but has yet to write its run record
+    assert not remove(url, only)
+    assert find_rubbish(url) == []
+    assert {entry.path for entry in unneeded.location.walk("")} == {entry.path for entry in before}
+    age_place(url)
+    assert remove(url, only)
+    assert unneeded.location.walk("") == []
+
+
+def test_what_is_done_while_gc_waits_for_the_lock_counts(store, monkeypatch):
+    """Need and age are looked at with the lock in hand, not before."""
+    (only,) = find_rubbish(str(store))
+    unneeded = make_spec(store, inputs={}, config={"w": 0.9})
+    flock = fcntl.flock
+
+    def named(handle, operation):
+        bind(store, "new", unneeded)
+        flock(handle, operation)
+
+    def touched(handle, operation):
+        unneeded.location.touch(shards.PREPARED)
+        flock(handle, operation)
+
+    for meanwhile in (touched, named):
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", meanwhile)
+            assert not remove(str(store), only)
+        age(store)
+    assert list(check_units(survey(str(store)).units)) == []
+    (store / "runs" / "new.json").unlink()
+    assert remove(str(store), only)
+
+
+def test_a_build_that_waits_while_its_stage_is_removed_makes_it_anew(store, monkeypatch):
+    """The lock that it waits for goes with the stage; the next must wait for the one that it then has."""
+    (only,) = find_rubbish(str(store))
+    unneeded = make_spec(store, inputs={}, config={"w": 0.9})
+    flock, waits, removed = fcntl.flock, threading.Event(), threading.Event()
+
+    def noting(handle, operation):
+        if threading.current_thread() is build:
+            waits.set()
+        flock(handle, operation)
+
+    def begin(step):
+        if step == "remove done":  # the first step of the removal, under the lock
+            build.start()
+            assert waits.wait(60)
+            assert not removed.is_set()
+
+    def work():
+        shards.prepare(unneeded)
+        assert removed.is_set()
+        for unit in unneeded.grid.units():
+            commit(unneeded, unit)
+
+    build = threading.Thread(target=work)
+    monkeypatch.setattr(fcntl, "flock", noting)
+    monkeypatch.setattr(faults, "hook", begin)
+    place = type(unneeded.location)
+    take_away = place.remove
+
+    def note_the_last(self, path):
+        take_away(self, path)
+        if path == "":
+            removed.set()
+
+    monkeypatch.setattr(place, "remove", note_the_last)
+    assert remove(str(store), only)
+    build.join(60)
+    assert records.pending(unneeded) == []
+    bind(store, "new", unneeded)
+    found = survey(str(store))
+    assert [*found.findings, *check_units(found.units)] == []
+
+
+def test_a_lock_alone_keeps_nothing(store):
+    unneeded = make_spec(store, inputs={}, config={"w": 0.9})
+    with unneeded.location.lock("stage"), unneeded.location.lock("commit-7"):
+        pass
+    (only,) = find_rubbish(str(store))
+    assert remove(str(store), only)
 
 
 def test_a_stage_that_has_become_needed_meanwhile_stays(store):
@@ -124,6 +229,8 @@ def test_leftovers_of_finished_stages_and_of_killed_writers_are_found(store):
     commit(larger, beyond)  # a build has made the unit meanwhile
     assert not remove(str(store), found[f"{aligned.path}/{part_path(beyond)}"])
     records.forget(larger, beyond)
+    assert not remove(str(store), found[f"{aligned.path}/{part_path(beyond)}"]), "it was just written again"
+    age(store)
     assert all(remove(str(store), found[path]) for path in expected)
     gone = {store / path for path in expected}
     assert {path for path in needed if not path.exists()} - gone == set()

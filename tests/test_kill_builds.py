@@ -1,4 +1,11 @@
-"""Builds are killed again and again, drivers and workers; what they come to equals one left alone."""
+"""Builds are killed again and again, drivers and workers; what they come to equals one left alone.
+
+The kills of a short run: 10 of a process with its threads at random times, one of the driver of Dask, at
+least 3 of its workers in the midst of units, and 5 of its workers at named steps; `test_store_kill` adds one
+at every step of a commit. A long run adds 40 at random times with threads and 25 with Dask (15 of all its
+processes, 10 of the driver alone), at least 8 of workers, one every 2 s, and one at every kind of step of
+every stage with threads, and at most of them with workers of Dask.
+"""
 
 import os
 import random
@@ -19,7 +26,9 @@ from noted_units import (
     build_small,
     count,
     kill_group,
+    kind_of,
     notes,
+    plan_deaths,
     promises,
     results,
     stamps,
@@ -68,12 +77,17 @@ class Lives:
     def done(self) -> set[tuple[str, str]]:
         return set(promises(self.specs))
 
+    def live(self, kill_at: Path | None = None) -> int:
+        """Live to the end; return the exit code."""
+        process = self.begin(kill_at)
+        process.join(400)
+        kill_group(process)
+        return process.exitcode
+
     def finish(self) -> None:
         """Live to the end; what is left is made, each unit once."""
         before = self.done()
-        process = self.begin()
-        process.join(240)
-        assert process.exitcode == 0
+        assert self.live() == 0
         self.check(before)
         wanted = {(spec.name, unit.name) for spec in self.specs for unit in spec.grid.units()}
         assert set(count(self.notes, "start")) == wanted - before
@@ -104,6 +118,11 @@ def whole_stage(tmp_path_factory) -> Path:
     return folder / "store"
 
 
+def steps_of(whole: Path) -> list[str]:
+    """Every step that was taken in the making of a store that nothing interrupted."""
+    return (whole.parent / "steps.txt").read_text().splitlines()
+
+
 def assert_equal(specs: list[StageSpec], whole: Path) -> None:
     """The stores of both hold the same bytes, and their records say the same."""
     mine, other = results(Path(specs[0].store)), results(whole)
@@ -118,10 +137,29 @@ def _fields(spec: StageSpec) -> dict:
     return {name: getattr(spec, name) for name in StageSpec.__dataclass_fields__}
 
 
+def kill_all(process, lives: Lives) -> None:
+    """Kill a build with all its processes."""
+    kill_group(process)
+
+
+def kill_driver(process, lives: Lives) -> None:
+    """Kill a build's first process alone: its workers have to notice, which takes them a moment."""
+    process.kill()
+    process.join()
+    workers = {pid for _, _, pid in notes(lives.notes, "start")} - {process.pid}
+    _wait_until(lambda: not any(map(_alive, workers)), "the workers outlive their driver")
+
+
 def kill_at_random(
-    build, execution: ExecutionConfig, whole: tuple[Path, float], kills: int, seed: int, folder: Path
+    build,
+    execution: ExecutionConfig,
+    whole: tuple[Path, float],
+    kills: int,
+    folder: Path,
+    kill: Callable[..., None] = kill_all,
 ) -> None:
-    """Kill a build's process group at random times; a store that is complete makes room for a new one."""
+    """Kill a build at random times; a store that is complete makes room for a new one."""
+    seed = int(time.time())
     print(f"seed {seed}")
     moments = random.Random(seed)
     span, lives = whole[1], None
@@ -135,7 +173,7 @@ def kill_at_random(
         complete = process.exitcode == 0
         span *= 0.8 if complete else 1.0  # a quiet machine is quicker than the one that was timed
         kills -= not complete
-        kill_group(process)
+        kill(process, lives)
         assert process.exitcode in (0, -signal.SIGKILL)
         lives.check(before)
         if complete:
@@ -147,24 +185,28 @@ def kill_at_random(
 
 
 def test_killed_at_random_times_a_build_comes_to_the_same_dataset(tiny_build, whole_build, tmp_path):
-    kill_at_random(tiny_build, THREADS, whole_build, kills=10, seed=int(time.time()), folder=tmp_path)
+    kill_at_random(tiny_build, THREADS, whole_build, kills=10, folder=tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("execution, kills", [(THREADS, 40), (DASK, 15)], ids=["threads", "dask"])
-def test_killed_fifty_times_a_build_comes_to_the_same_dataset(
-    execution, kills, tiny_build, whole_build, tmp_path
+@pytest.mark.parametrize(
+    "execution, kill, kills",
+    [(THREADS, kill_all, 40), (DASK, kill_all, 15), (DASK, kill_driver, 10)],
+    ids=["threads", "dask", "driver"],
+)
+def test_killed_over_fifty_times_a_build_comes_to_the_same_dataset(
+    execution, kill, kills, tiny_build, whole_build, tmp_path
 ):
     # the processes of dask take seconds to start, in which nothing is made
     whole = (whole_build[0], whole_build[1] + 10 * (execution is DASK))
-    kill_at_random(tiny_build, execution, whole, kills, seed=int(time.time()), folder=tmp_path)
+    kill_at_random(tiny_build, execution, whole, kills, tmp_path, kill)
 
 
 @pytest.mark.slow
 def test_killed_at_every_step_of_every_stage_a_build_comes_to_the_same_dataset(
     tiny_build, whole_build, tmp_path
 ):
-    """Each life of one store dies at the first step at which none has died before."""
+    """Each life of one store dies at the first step of a stage of whose kind none has died before."""
     specs = plan_build(tiny_build, str(tmp_path / "store"))
     lives = Lives(build_real, (THREADS, tiny_build), specs, tmp_path)
     steps = tmp_path / "steps.txt"
@@ -177,7 +219,74 @@ def test_killed_at_every_step_of_every_stage_a_build_comes_to_the_same_dataset(
         code = process.exitcode
         lives.check(before)
     assert code == 0
-    assert lives.number > 100
+    died = set(steps.read_text().splitlines())
+    assert len(died) >= lives.number - 1
+    assert died >= {kind for step in steps_of(whole_build[0]) if (kind := kind_of(step))}
+    assert_equal(specs, whole_build[0])
+
+
+def die_as_planned(lives: Lives, planned: list[str]) -> None:
+    """Live until no death is left of those that are planned, and then to the end.
+
+    A life may end with units that are not made, for which too many of its workers have died.
+    """
+    plan = plan_deaths(lives.folder / "plan", planned)
+    while list(plan.iterdir()):
+        left = len(list(plan.iterdir()))
+        before = lives.done()
+        assert lives.live(kill_at=plan) in (0, 1)
+        assert len(list(plan.iterdir())) < left, "none of the steps is taken"
+        lives.check(before)
+        begun = count(lives.notes, "start")
+        assert not {unit for unit, times in begun.items() if times > 1 + len(planned)}
+    lives.finish()
+
+
+def test_workers_of_dask_die_at_named_steps_and_the_build_comes_to_the_same_dataset(whole_stage, tmp_path):
+    """Before a shard, in its midst, between two files, with a record that has no name yet, and with one."""
+    spec = make_spec(tmp_path / "store", identities=4 * SMALL_UNITS)
+    lives = Lives(build_small, (DASK, SMALL_UNITS), [spec], tmp_path)
+    steps = {
+        "00000-000": ["write arrays.zarr/image/c.0.0.0.0.0", "half arrays.zarr/embedding/c.0.0.0"],
+        "00001-000": ["renamed arrays.zarr/embedding/c.1.0.0"],
+        "00002-000": ["rename done/00002-000.json"],
+        "00003-000": ["renamed done/00003-000.json"],
+    }
+    plan = plan_deaths(tmp_path / "plan", [f"samples: {step}" for taken in steps.values() for step in taken])
+    assert lives.live(kill_at=plan) == 0
+    assert list(plan.iterdir()) == [], "a step was not taken by a worker"
+    begun = count(lives.notes, "start")
+    # what has a record when its worker dies is not made again
+    again = {unit: len(taken) + 1 - (unit == "00003-000") for unit, taken in steps.items()}
+    assert {unit: times for (_, unit), times in begun.items()} == {
+        unit.name: again.get(unit.name, 1) for unit in spec.grid.units()
+    }
+    assert_equal([spec], whole_stage)
+
+
+@pytest.mark.slow
+def test_workers_of_dask_die_at_every_step_of_units_and_the_stage_comes_to_the_same(whole_stage, tmp_path):
+    spec = make_spec(tmp_path / "store", identities=4 * SMALL_UNITS)
+    units = ("c.0.0", "c.1.0", "00000-000", "00001-000")
+    planned = [step for step in steps_of(whole_stage) if step.startswith("samples: ")]
+    planned = [step for step in planned if any(unit in step for unit in units)]
+    assert len(planned) == 2 * 16
+    lives = Lives(build_small, (DASK, SMALL_UNITS), [spec], tmp_path)
+    die_as_planned(lives, planned)
+    assert_equal([spec], whole_stage)
+
+
+@pytest.mark.slow
+def test_workers_of_dask_die_in_every_stage_and_the_build_comes_to_the_same(
+    tiny_build, whole_build, tmp_path
+):
+    """In the midst of every kind of file of every stage, and when it has just got its name."""
+    by_kind = {kind_of(step): step for step in reversed(steps_of(whole_build[0]))}
+    planned = [step for step in by_kind.values() if ": half " in step or ": renamed " in step]
+    assert len({step.partition(":")[0] for step in planned}) == len(plan_build(tiny_build, str(tmp_path)))
+    specs = plan_build(tiny_build, str(tmp_path / "store"))
+    lives = Lives(build_real, (DASK, tiny_build), specs, tmp_path)
+    die_as_planned(lives, planned)
     assert_equal(specs, whole_build[0])
 
 
@@ -188,11 +297,8 @@ def test_a_killed_driver_of_dask_takes_its_workers_along_and_loses_no_committed_
     while len(notes(lives.notes, "end")) < 3:
         assert process.is_alive()
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)  # the driver alone: its workers have to notice
-    process.join()
-    workers = {pid for _, _, pid in notes(lives.notes, "start")} - {process.pid}
-    assert workers
-    _wait_until(lambda: not any(map(_alive, workers)), "the workers outlive their driver")
+    assert {pid for _, _, pid in notes(lives.notes, "start")} - {process.pid}
+    kill_driver(process, lives)
     lives.kept = stamps([spec])
     before = lives.done()
     assert len(before) >= 3
@@ -224,6 +330,32 @@ def test_workers_that_are_killed_while_a_build_runs_do_not_stop_it(whole_stage, 
     assert sum(begun.values()) <= SMALL_UNITS + len(killed)
     assert set(ended.values()) == {1}
     assert_equal([spec], whole_stage)
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_every_two_seconds_and_a_build_comes_to_the_same_dataset(tiny_build, tmp_path):
+    """Of those that have made a unit since they started: networks take longer than that to load."""
+    build = tiny_build.model_copy(update={"identities": 16, "images": 8})
+    whole, killed, last = tmp_path / "whole", [], 0.0
+    undisturbed = start(build_real, whole, tmp_path / "whole-notes", THREADS, build)
+    undisturbed.join(400)
+    assert undisturbed.exitcode == 0
+    specs = plan_build(build, str(tmp_path / "store"))
+    lives = Lives(build_real, (DASK, build), specs, tmp_path)
+    process = lives.begin()
+    while process.is_alive():
+        time.sleep(0.02)
+        useful = {pid for _, _, pid in notes(lives.notes, "end")}
+        busy = [pid for _, _, pid in notes(lives.notes, "start") if pid in useful and pid not in killed]
+        if busy and time.monotonic() - last > 2:
+            os.kill(busy[-1], signal.SIGKILL)
+            killed.append(busy[-1])
+            last = time.monotonic()
+    assert process.exitcode == 0
+    assert len(killed) >= 8
+    assert set(count(lives.notes, "end").values()) == {1}
+    assert sum(count(lives.notes, "start").values()) <= len(lives.done()) + len(killed)
+    assert_equal(specs, whole)
 
 
 class KilledWorker(Exception):

@@ -15,6 +15,7 @@ import s3_server
 from remote_processes import build_in_process, build_small
 from small_stage import commit, content_of, make_spec
 from stage_builds import changed, make
+from stored_files import results
 
 from negfacediff_core.errors import PlaceError, StoreError
 from negfacediff_core.store import faults, leases, records, shards
@@ -28,13 +29,8 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module")
 def server():
-    with s3_server.serving() as server, pytest.MonkeyPatch.context() as patch:
-        patch.delenv("AWS_PROFILE", raising=False)
-        for name, value in s3_server.environment(server).items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+    with s3_server.connected() as server:
         yield server
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture
@@ -65,18 +61,7 @@ def uninterrupted(tmp_path_factory):
     """What the small stage leaves in a folder."""
     folder = tmp_path_factory.mktemp("local")
     build_small(make_spec(folder))
-    return content(str(folder))
-
-
-def content(store):
-    """Every file that holds results, by path: not records and runs, which hold times, nor what is hidden."""
-    files, root = fsspec.core.url_to_fs(store, use_listings_cache=False)
-    found = {path.removeprefix(f"{root}/"): path for path in files.find(root)}
-    return {
-        name: files.cat_file(path)
-        for name, path in found.items()
-        if not name.rsplit("/", 1)[1].startswith(".") and not {"done", "runs"} & set(name.split("/"))
-    }
+    return results(str(folder))
 
 
 def assert_whole(spec):
@@ -95,7 +80,7 @@ def test_a_stage_on_s3_is_that_of_a_folder_byte_for_byte(store, uninterrupted, t
     spec = make_spec(store)
     assert records.pending(spec) == spec.grid.units()
     build_small(spec)
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
     assert_whole(spec)
     assert records.pending(spec) == []
     local = make_spec(tmp_path)
@@ -153,8 +138,8 @@ def test_a_build_on_s3_interrupted_over_a_flaky_link_is_that_of_a_folder(
     server.trouble()
     local = tmp_path / "local"
     make(build, local)
-    assert content(store) == content(str(local))
-    assert [stage.pending for stage in status(store)] == [0] * 6
+    assert results(store) == results(str(local))
+    assert {stage.pending for stage in status(store)} == {0}
 
     files, root = fsspec.core.url_to_fs(store)
     everything = b"".join(files.cat(files.find(root)).values())
@@ -171,13 +156,14 @@ def test_a_slow_and_flaky_link_changes_no_byte(seed, store, server, uninterrupte
     spoiled = sum(server.counts().values()) - server.counts()["none"]
     server.trouble()
     assert spoiled > 1
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
     assert_whole(make_spec(store))
 
 
 def test_no_record_stands_without_its_data_however_often_commits_fail(
-    store, server, uninterrupted, impatient
+    store, server, uninterrupted, impatient, short_lease
 ):
+    """A release that fails as well leaves a lock, which runs out."""
     spec = make_spec(store)
     shards.prepare(spec)
     failures = 0
@@ -193,7 +179,7 @@ def test_no_record_stands_without_its_data_however_often_commits_fail(
         if not records.pending(spec):
             break
     assert failures > 2
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
 
 
 def test_lasting_trouble_ends_in_one_sentence_and_leaves_no_record(store, server, uninterrupted, impatient):
@@ -210,7 +196,7 @@ def test_lasting_trouble_ends_in_one_sentence_and_leaves_no_record(store, server
     server.trouble()
     assert records.pending(spec) == spec.grid.units()
     build_small(spec)
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
 
 
 def test_a_store_that_denies_writing_stops_the_build(store, server):
@@ -256,11 +242,13 @@ def start(server, store, identities=6, kill_at=-1):
     return process, steps
 
 
-# Writes of the small stage: 4 that prepare it, then 4 for each of 2 units, the last of which is the record.
-REST = [pytest.param(step, marks=pytest.mark.slow) for step in (0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11)]
+# Steps of the small stage, before and after each put: 4 puts prepare it, then come 4 for each of 2 units, the
+# last of which is the record.
+PREPARING, COMMITTING, STEPS = 8, 8, 24
+REST = [pytest.param(step, marks=pytest.mark.slow) for step in range(STEPS) if step not in (14, 15)]
 
 
-@pytest.mark.parametrize("kill_at", [7, *REST])
+@pytest.mark.parametrize("kill_at", [14, 15, *REST])
 def test_killed_at_any_write_a_rerun_equals_an_uninterrupted_run(
     kill_at, server, store, uninterrupted, short_lease
 ):
@@ -268,11 +256,12 @@ def test_killed_at_any_write_a_rerun_equals_an_uninterrupted_run(
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     spec = make_spec(store)
-    done = records.records(spec) if kill_at else []
-    assert len(done) == max(0, kill_at - 4) // 4
+    done = records.records(spec)
+    # the put of a record, and nothing before, makes a unit done
+    assert len(done) == max(0, kill_at + 1 - PREPARING) // COMMITTING
     assert_whole(spec)
     build_small(spec)
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
     assert [one for one in records.records(spec) if one in done] == done, "a committed unit was made again"
 
 
@@ -290,7 +279,7 @@ def test_killed_at_random_times_a_rerun_equals_an_uninterrupted_run(
         if records.committed(make_spec(store)):
             assert_whole(make_spec(store))
     build_small(make_spec(store))
-    assert content(store) == uninterrupted
+    assert results(store) == uninterrupted
 
 
 def test_two_builds_at_once_of_different_extents_share_the_work(server, store, tmp_path):
@@ -306,10 +295,12 @@ def test_two_builds_at_once_of_different_extents_share_the_work(server, store, t
     assert written == Counter(f"write done/{unit.name}.json" for unit in larger.grid.units())
     assert_whole(larger)
     build_small(make_spec(tmp_path, identities=12))
-    assert content(store) == content(str(tmp_path))
+    assert results(store) == results(str(tmp_path))
 
 
 # --- locks
+
+LOCK = ".stage.lock"
 
 
 def test_a_lock_on_s3_has_one_holder_as_long_as_it_lives(store, short_lease):
@@ -326,25 +317,74 @@ def test_a_lock_on_s3_has_one_holder_as_long_as_it_lives(store, short_lease):
         order.append("first")
     waiting.join(20)
     assert order == ["first", "second"]
-    assert fsspec.filesystem("s3").find("bucket/locks") == []
+    assert not locate(store).exists(LOCK)
 
 
 def test_the_lock_of_a_dead_holder_is_taken_over(store, short_lease):
     place = locate(store)
-    place.write_atomic(".stage.lock", b"somebody who died")
+    place.write_atomic(LOCK, b"somebody who died")
     begun = time.monotonic()
     with place.lock("stage"):
         assert time.monotonic() - begun >= leases.LEASE
-        assert place.read_bytes(".stage.lock") != b"somebody who died"
-    assert not place.exists(".stage.lock")
+        assert place.read_bytes(LOCK) != b"somebody who died"
+    assert not place.exists(LOCK)
 
 
-def test_who_lost_a_lock_leaves_that_of_the_next_holder_alone(store, short_lease):
+def test_the_empty_file_of_a_lock_that_was_copied_from_a_folder_is_nobodys(store):
     place = locate(store)
+    place.write_atomic(LOCK, b"")
+    begun = time.monotonic()
+    with place.lock("stage") as lock:
+        lock.check()
+    assert time.monotonic() - begun < leases.LEASE / 2
+    assert not place.exists(LOCK)
+
+
+def test_who_lost_a_lock_leaves_that_of_the_next_holder_alone(store):
+    place = locate(store)
+    with place.lock("stage") as lock:
+        lock.check()
+        place.write_atomic(LOCK, b"the next holder")
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"the lock s3://.*/\.stage\.lock was lost"):
+                lock.check()
+    assert place.read_bytes(LOCK) == b"the next holder"
+    place.remove(LOCK)
     with place.lock("stage"):
-        place.write_atomic(".stage.lock", b"the next holder")
-        time.sleep(leases.LEASE)  # a renewal finds out
-    assert place.read_bytes(".stage.lock") == b"the next holder"
+        place.write_atomic(LOCK, b"the next holder")  # unnoticed until the release
+    assert place.read_bytes(LOCK) == b"the next holder"
+
+
+def test_who_lost_the_lock_of_a_unit_commits_nothing_over_the_next_holder(store, monkeypatch):
+    spec = make_spec(store)
+    shards.prepare(spec)
+    theirs = []
+
+    def take_over(step):
+        """The holder seems dead when all but the record is written; another makes the unit meanwhile."""
+        if step == "renamed rows/part-00000-000.parquet":
+            monkeypatch.setattr(faults, "hook", None)
+            spec.location.remove(".commit-0.lock")
+            theirs.append(commit(spec, Unit(0, 0)))
+
+    monkeypatch.setattr(faults, "hook", take_over)
+    with pytest.raises(StoreError, match=r"commit-0\.lock was lost while it was held"):
+        commit(spec, Unit(0, 0))
+    assert records.records(spec) == theirs
+    assert_whole(spec)
+    assert commit(spec, Unit(0, 0)) == theirs[0]
+
+
+def test_a_renewal_whose_answer_never_came_loses_no_lock(store, server, impatient):
+    place = locate(store)
+    with place.lock("stage") as lock:
+        server.trouble(rate=1, kinds=["lost"], only="PUT")
+        with pytest.raises(StoreError, match="cannot lock"):
+            lock.check()
+        assert server.counts()["lost"] > 0
+        server.trouble()
+        lock.check()
+    assert not place.exists(LOCK)
 
 
 def test_a_lock_is_held_although_the_answer_to_its_put_was_lost(store, server):

@@ -26,7 +26,7 @@ def run_both(*processes) -> None:
 def record_writes(folder: Path) -> Counter[str]:
     """How often each completion record was given its name, over the processes that noted below `folder`."""
     steps = [step for file in folder.glob("*/steps.txt") for step in file.read_text().splitlines()]
-    return Counter(step for step in steps if step.startswith("renamed done/"))
+    return Counter(step for step in steps if "renamed done/" in step)
 
 
 def test_two_processes_that_make_one_stage_commit_each_unit_once(tmp_path):
@@ -47,14 +47,8 @@ def test_two_builds_that_share_contexts_make_what_each_makes_alone(tiny_build, t
     builds = [changed(tiny_build, name=name, samples__w=w) for name, w in (("weak", 0.2), ("strong", 0.8))]
     run_both(*(start(build_real, store, tmp_path / build.name, ONE, build) for build in builds))
     specs = {build.name: plan_build(build, str(store)) for build in builds}
-    assert [one.fingerprint == other.fingerprint for one, other in zip(*specs.values(), strict=True)] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-        False,
-    ]
+    pairs = list(zip(*specs.values(), strict=True))
+    assert {one.name for one, other in pairs if one.path == other.path} == {"contexts", "negatives"}
     for build in builds:
         assert all(records.pending(spec) == [] for spec in specs[build.name])
         process = start(build_real, alone, tmp_path / f"{build.name}-alone", ONE, build)

@@ -6,9 +6,10 @@ shards are written as everything else is, and what is decoded is what was checke
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import zarr
@@ -19,7 +20,7 @@ from zarr.codecs import BloscCodec
 from zarr.storage import MemoryStore
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit, array_path, damaged
+from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit, array_path, damaged, parse_json
 
 # Pixels barely compress and must be quick; numbers compress once bits or bytes are sorted by place.
 _CODECS = {
@@ -31,10 +32,11 @@ _CODECS = {
 _FOLDER = "arrays.zarr"
 
 
-def grow(spec: StageSpec) -> None:
+def grow(spec: StageSpec, anew: Collection[str] = ()) -> None:
     """Create the arrays of a stage, or enlarge them to its extent; they never shrink. Hold the stage's lock.
 
     Resizing rewrites the array's metadata, so it happens here, before units are handed out, and nowhere else.
+    The metadata `anew`, by their paths in the stage directory, are written as if they were not there.
     """
     if not spec.arrays:
         return
@@ -42,36 +44,46 @@ def grow(spec: StageSpec) -> None:
     stored = {
         path: spec.location.read_bytes(f"{_FOLDER}/{path}")
         for path in paths
-        if spec.location.exists(f"{_FOLDER}/{path}")
+        if f"{_FOLDER}/{path}" not in anew and spec.location.exists(f"{_FOLDER}/{path}")
     }
     for path, data in _grown(spec, stored).items():
         if data != stored.get(path):
             spec.location.write_atomic(f"{_FOLDER}/{path}", data)
 
 
-def damaged_metadata(spec: StageSpec, units: Iterable[Unit]) -> list[str]:
-    """Return the paths of metadata that are not what `grow` writes for arrays that hold `units`."""
+def damaged_metadata(spec: StageSpec, units: Iterable[Unit]) -> dict[str, StoreError]:
+    """Return what is wrong with metadata that are not what `grow` writes for arrays that hold `units`.
+
+    By path: a DamagedError, or another StoreError where one cannot be read.
+    """
     if not spec.arrays:
-        return []
-    wanted = _grown(covering(spec, units), {})
-    return [f"{_FOLDER}/{path}" for path, data in wanted.items() if not _describes(spec, path, data)]
+        return {}
+    problems: dict[str, StoreError] = {}
+    for name, wanted in _grown(covering(spec, units), {}).items():
+        path = f"{_FOLDER}/{name}"
+        try:
+            _check_describes(spec, path, json.loads(wanted))
+        except StoreError as error:
+            problems[path] = error
+    return problems
 
 
-def _describes(spec: StageSpec, path: str, wanted: bytes) -> bool:
-    """Tell whether stored metadata are the `wanted` ones but for a larger shape of whole shards."""
-    if not spec.location.exists(f"{_FOLDER}/{path}"):
-        return False
-    expected = json.loads(wanted)
+def _check_describes(spec: StageSpec, path: str, wanted: dict[str, Any]) -> None:
+    """Raise DamagedError unless stored metadata are `wanted` but for a larger shape of whole shards."""
+    where = f"{spec.directory}/{path}"
+    if not spec.location.exists(path):
+        raise damaged(where)
+    stored = parse_json(spec.location.read_bytes(path), where)
+    sizes, least = stored.pop("shape", []), wanted.pop("shape", [])
+    shard = wanted["chunk_grid"]["configuration"]["chunk_shape"] if least else []
     try:
-        stored = json.loads(spec.location.read_bytes(f"{_FOLDER}/{path}"))
-        sizes, least = stored.pop("shape", []), expected.pop("shape", [])
-        shard = expected["chunk_grid"]["configuration"]["chunk_shape"] if least else []
         whole = all(
             size >= low and size % step == 0 for size, low, step in zip(sizes, least, shard, strict=True)
         )
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return False
-    return whole and stored == expected
+    except (ValueError, TypeError) as error:
+        raise damaged(where) from error
+    if not whole or stored != wanted:
+        raise damaged(where)
 
 
 def covering(spec: StageSpec, units: Iterable[Unit]) -> StageSpec:

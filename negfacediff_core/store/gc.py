@@ -1,7 +1,8 @@
 """What lies in a store that no run needs: found first, and removed only when asked.
 
 Needed is what a run record names, and what that was made from. Whatever was touched in the last hour is
-passed over: a build that is about to begin names its stages only after it has made their directories.
+passed over: a build that is about to begin names its stages only after it has prepared their directories, and
+leaves a fresh file in each. Both are looked at again under the lock that a build would have to wait for.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from negfacediff_core.errors import DamagedError, StoreError
-from negfacediff_core.store.layout import StageSpec, Unit, array_path, part_path, read_spec
+from negfacediff_core.store.layout import StageSpec, Unit, read_spec, unit_paths
 from negfacediff_core.store.location import Entry, locate
 from negfacediff_core.store.records import has_record, records
 from negfacediff_core.store.runs import read_runs
@@ -18,6 +19,8 @@ from negfacediff_core.store.shards import commit_lock
 from negfacediff_core.store.status import check_store, directories, places, units_of
 from negfacediff_core.store.verify import ABANDONED, is_temporary
 
+# Locks say nothing of what is in use: whoever looks under one has just taken it.
+_LOCK = re.compile(r"\..*\.lock")
 # Parts and shards by their blocks; what follows the blocks in a shard's name is zero.
 _FILE = re.compile(r"rows/part-(\d+)-(\d+)\.parquet|arrays\.zarr/[^/]+/c\.(\d+)(?:\.(\d+))?(?:\.0)*")
 
@@ -48,14 +51,14 @@ def find_rubbish(store: str) -> list[Rubbish]:
         )
     needed = _needed(store, runs.values())
     entries = locate(store).walk("")
-    old = {entry.path for entry in entries if time.time() - entry.modified > ABANDONED}
+    old = {entry.path for entry in entries if _is_old(entry.modified)}
     by_directory: dict[str, list[Entry]] = {}
     for entry in entries:
         by_directory.setdefault("/".join(entry.path.split("/")[:2]), []).append(entry)
     rubbish, gone = [], set()
     for path in sorted(_unneeded(store, needed)):
         held = by_directory[path]
-        if all(entry.path in old for entry in held):
+        if _is_abandoned(held):
             gone.add(path)
             size = sum(entry.size for entry in held)
             rubbish.append(Rubbish(path, "no run needs this stage", len(held), size))
@@ -72,31 +75,56 @@ def find_rubbish(store: str) -> list[Rubbish]:
 
 
 def remove(store: str, rubbish: Rubbish) -> bool:
-    """Remove what `find_rubbish` has found; tells whether it went, or had become needed meanwhile.
-
-    Of a stage directory the records go first and `stage.json` last: killed in between, it holds units that
-    are pending, and is found again.
-    """
+    """Remove what `find_rubbish` has found; tells whether it went, or had come into use meanwhile."""
     location = locate(store)
     if rubbish.unit is not None:
         stage, digest, path = rubbish.path.split("/", 2)
-        spec = read_spec(store, stage, digest)
-        with commit_lock(spec, rubbish.unit):
-            if has_record(spec, rubbish.unit):
-                return False
-            spec.location.remove(path)
-    elif location.exists(f"{rubbish.path}/stage.json"):
-        if rubbish.path in _needed(store, read_runs(store).values()):
-            return False
-        place = location.at(rubbish.path)
-        with place.lock("stage"):
-            others = {entry.path.split("/")[0] for entry in place.walk("")} - {"done", "stage.json"}
-            for name in ["done", *sorted(others - {".stage.lock"}), "stage.json"]:
-                place.remove(name)
-        location.remove(rubbish.path)
-    else:
-        location.remove(rubbish.path)
+        return _remove_leftover(read_spec(store, stage, digest), rubbish.unit, path)
+    if location.exists(f"{rubbish.path}/stage.json"):
+        return _remove_stage(store, rubbish.path)
+    location.remove(rubbish.path)
     return True
+
+
+def _remove_stage(store: str, path: str) -> bool:
+    """Remove a stage directory, unless a run has come to need it or somebody has touched it.
+
+    The records go first and `stage.json` last: killed in between, it holds units that are pending, and is
+    found again.
+    """
+    place = locate(store).at(path)
+    with place.lock("stage") as lock:
+        entries = place.walk("")
+        if path in _needed(store, read_runs(store).values()) or not _is_abandoned(entries):
+            return False
+        lock.check()
+        others = {name for entry in entries if not _LOCK.fullmatch(name := entry.path.split("/")[0])}
+        for name in ["done", *sorted(others - {"done", "stage.json"}), "stage.json"]:
+            place.remove(name)
+        # the folder, and the lock with it: a build that waits for it then makes both anew
+        place.remove("")
+    return True
+
+
+def _remove_leftover(spec: StageSpec, unit: Unit, path: str) -> bool:
+    """Remove a file of a unit, unless the unit has been committed or the file was written again."""
+    with commit_lock(spec, unit) as lock:
+        modified = spec.location.modified(path)
+        if has_record(spec, unit) or (modified is not None and not _is_old(modified)):
+            return False
+        lock.check()
+        spec.location.remove(path)
+    return True
+
+
+def _is_old(modified: float) -> bool:
+    """Tell whether a file that was changed at a unix time has not been touched in the last hour."""
+    return time.time() - modified > ABANDONED
+
+
+def _is_abandoned(entries: Iterable[Entry]) -> bool:
+    """Tell whether none of the files of a stage directory was touched in the last hour."""
+    return all(_is_old(entry.modified) for entry in entries if not _LOCK.fullmatch(entry.path.split("/")[-1]))
 
 
 def _needed(store: str, runs: Iterable[Mapping]) -> dict[str, StageSpec | None]:
@@ -108,7 +136,7 @@ def _needed(store: str, runs: Iterable[Mapping]) -> dict[str, StageSpec | None]:
         if path in needed:
             continue
         there = locate(store).exists(f"{path}/stage.json")
-        spec = needed[path] = read_spec(store, *path.split("/")) if there else None
+        spec = needed[path] = read_spec(store, *path.split("/", 1)) if there else None
         if spec is not None:
             waiting += map("/".join, spec.inputs.items())
     return needed
@@ -146,8 +174,7 @@ def _unit_of_file(spec: StageSpec, path: str) -> Unit | None:
         return None
     blocks = [int(number) for number in match.groups() if number is not None]
     unit = Unit(blocks[0], blocks[1] if len(blocks) > 1 else 0)
-    files = [part_path(unit), *(array_path(spec, array, unit) for array in spec.arrays)]
-    return unit if inside in files else None
+    return unit if inside in unit_paths(spec, unit) else None
 
 
 def _why(entry: Entry, leftovers: Collection[str]) -> str:

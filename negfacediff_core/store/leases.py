@@ -20,25 +20,56 @@ PAUSES = (0.05, 1.0)
 _REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "404", "409", "412"})
 
 
+class Lease:
+    """A lock that was taken and is this process's until `renew` says otherwise; threads may share it."""
+
+    def __init__(self, files: AbstractFileSystem, path: str, holder: str, tag: str) -> None:
+        self._files, self._path, self._holder = files, path, holder
+        # None once another has the lock
+        self._tag: str | None = tag
+        self._renewals = 0
+        self._turn = threading.Lock()
+
+    def renew(self) -> bool:
+        """Renew the lock if it is still held, and tell whether it was: then it is for `LEASE` more seconds.
+
+        Raises what the client raises; whether the lock is held is then not known.
+        """
+        with self._turn:
+            if self._tag is None:
+                return False
+            self._renewals += 1
+            content = f"{self._holder} {self._renewals}"
+            renewed = _put(self._files, self._path, content, IfMatch=self._tag)
+            if renewed is None:
+                tag, stands = _look(self._files, self._path)
+                if tag and stands.startswith(self._holder):
+                    # A renewal before has come through, although its answer was lost.
+                    renewed = _put(self._files, self._path, content, IfMatch=tag)
+            self._tag = renewed
+            return renewed is not None
+
+
 @contextmanager
-def held(files: AbstractFileSystem, path: str) -> Iterator[None]:
+def held(files: AbstractFileSystem, path: str) -> Iterator[Lease]:
     """Hold the lock that is the object `path` of an S3 client, waiting while another holds it.
 
     Raises what the client raises. A holder that was cut off for longer than `LEASE` may have lost the lock
-    without knowing; what it then writes must do no harm.
+    without knowing: what only one may do comes after a `renew`, and everything else must do no harm.
     """
     holder = uuid.uuid4().hex
-    tag = _take(files, path, holder)
-    done, lost = threading.Event(), threading.Event()
-    keeper = threading.Thread(target=_keep, args=(files, path, holder, tag, done, lost), daemon=True)
+    lease = Lease(files, path, holder, _take(files, path, holder))
+    done = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(lease, done), daemon=True)
     keeper.start()
     try:
-        yield
+        yield lease
     finally:
         done.set()
         keeper.join()
-        if not lost.is_set():
-            with suppress(Exception):  # what stays behind is taken over
+        with suppress(Exception):  # what stays behind is taken over
+            # S3 removes whatever is there: having just renewed, nobody else can have taken it meanwhile.
+            if lease.renew():
                 files.rm_file(path)
 
 
@@ -49,36 +80,23 @@ def _take(files: AbstractFileSystem, path: str, holder: str) -> str:
     while True:
         if taken := _put(files, path, holder, IfNoneMatch="*"):
             return taken
-        if (tag := _tag(files, path)) != seen:
+        tag, stands = _look(files, path)
+        if tag != seen:
             seen, since = tag, time.monotonic()
-        elif (
-            tag
-            and time.monotonic() - since > LEASE
-            and (taken := _put(files, path, f"{holder} took over", IfMatch=tag))
-        ):
+        # What is empty is nobody's: the file of a lock in a folder, which was copied here with its store.
+        free = not stands or time.monotonic() - since > LEASE
+        if tag and free and (taken := _put(files, path, f"{holder} took over", IfMatch=tag)):
             return taken
         time.sleep(pause)
         pause = min(2 * pause, longest)
 
 
-def _keep(
-    files: AbstractFileSystem,
-    path: str,
-    holder: str,
-    tag: str,
-    done: threading.Event,
-    lost: threading.Event,
-) -> None:
-    """Renew the lock until `done`; set `lost` and end if another has it."""
-    renewals = 0
+def _keep(lease: Lease, done: threading.Event) -> None:
+    """Renew a lock until `done`, or until another has it."""
     while not done.wait(LEASE / 3):
-        renewals += 1
         with suppress(Exception):  # while the link is down the lock may run out; the next renewal tells
-            renewed = _put(files, path, f"{holder} {renewals}", IfMatch=tag)
-            if renewed is None:
-                lost.set()
+            if not lease.renew():
                 return
-            tag = renewed
 
 
 def _put(files: AbstractFileSystem, path: str, content: str, **condition: str) -> str | None:
@@ -90,15 +108,13 @@ def _put(files: AbstractFileSystem, path: str, content: str, **condition: str) -
         if answer.get("Error", {}).get("Code") not in _REFUSED:
             raise
     # A put whose answer was lost is sent again by the client, and then refused because of itself.
+    tag, stands = _look(files, path)
+    return tag if stands == content else None
+
+
+def _look(files: AbstractFileSystem, path: str) -> tuple[str | None, str]:
+    """Return the tag of an object, and what it holds, read after the tag; None and nothing without it."""
     with suppress(FileNotFoundError):
-        if files.cat_file(path) == content.encode():
-            return _tag(files, path)
-    return None
-
-
-def _tag(files: AbstractFileSystem, path: str) -> str | None:
-    """Return the tag of an object as it stands; None if it is not there."""
-    try:
-        return files.info(path)["ETag"]
-    except FileNotFoundError:
-        return None
+        tag = files.info(path)["ETag"]
+        return tag, files.cat_file(path).decode(errors="replace")
+    return None, ""

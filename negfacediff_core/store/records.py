@@ -1,10 +1,13 @@
 """Completion records: the only truth about what is done."""
 
-from contextlib import suppress
+import hashlib
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, InstanceOf, TypeAdapter, ValidationError
 
 from negfacediff_core.errors import DamagedError, StoreError
 from negfacediff_core.store.layout import (
@@ -12,9 +15,9 @@ from negfacediff_core.store.layout import (
     StageSpec,
     Unit,
     fingerprint,
-    read_versioned,
+    parse_versioned,
     record_path,
-    write_json,
+    repair_command,
 )
 
 
@@ -40,7 +43,7 @@ class Record:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    unit: Unit
+    unit: InstanceOf[Unit]
     rows: Count
     ok: Count
     failed: Count
@@ -52,17 +55,30 @@ class Record:
     device: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as it stands in its file: with a checksum of itself."""
-        content = {**self.__dict__, "unit": self.unit.name}
-        return {"schema": SCHEMA_VERSION, **content, "checksum": fingerprint(content)}
+        """Return the record as it stands in its file, but for the checksum there."""
+        return {"schema": SCHEMA_VERSION, **self.__dict__, "unit": self.unit.name}
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the record's file: JSON that people can read, with a checksum of itself."""
+        return _sealed(json.dumps(self.to_json(), indent=2, allow_nan=False).encode()[: -len(b"\n}")])
 
 
 _RECORD = TypeAdapter(Record)
+_SEAL = b',\n  "checksum": "'
+_NAME = re.compile(r"(\d{5,})-(\d{3,})\.json")
+
+
+def _sealed(body: bytes) -> bytes:
+    """Return the bytes of a record that begins with `body`: its last member is the checksum of all before.
+
+    A checksum of bytes tells that they are whole in a tenth of the time that writing the content again takes.
+    """
+    return body + _SEAL + hashlib.sha256(body).hexdigest()[:16].encode() + b'"\n}\n'
 
 
 def write_record(spec: StageSpec, record: Record) -> None:
     """Write a completion record atomically; this is what makes its unit done."""
-    write_json(spec.location, record_path(record.unit), record.to_json())
+    spec.location.write_atomic(record_path(record.unit), record.to_bytes())
 
 
 def read_record(spec: StageSpec, unit: Unit) -> Record:
@@ -77,22 +93,22 @@ def read_record(spec: StageSpec, unit: Unit) -> Record:
 
 
 def _read(spec: StageSpec, unit: Unit) -> Record:
-    content = read_versioned(spec.location, record_path(unit))
+    data = spec.location.read_bytes(record_path(unit))
+    content = parse_versioned(data, f"{spec.directory}/{record_path(unit)}")
     content.pop("schema")
     checksum = content.pop("checksum", None)
     try:
-        # The first records had no checksum.
-        if checksum not in (None, fingerprint(content)):
+        # Older records have a checksum of the content, and the first ones none.
+        if data != _sealed(data.rpartition(_SEAL)[0]) and checksum not in (None, fingerprint(content)):
             raise ValueError("it has another checksum")
-        record = _RECORD.validate_python({**content, "unit": Unit.parse(content["unit"])})
-        if record.unit != unit:
-            raise ValueError(f"a record of unit {record.unit.name}")
+        if content["unit"] != unit.name:
+            raise ValueError("it is of another unit")
+        return _RECORD.validate_python({**content, "unit": unit})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(
             f"{spec.directory}/{record_path(unit)} is damaged ({_reason(error)}); "
-            f"negfacediff verify {spec.store} --repair has the unit made anew, and what was made from it."
+            f"{repair_command(spec.store)} has the unit made anew, and what was made from it."
         ) from error
-    return record
 
 
 def _reason(error: Exception) -> str:
@@ -124,16 +140,19 @@ def committed(spec: StageSpec) -> list[Unit]:
 
 def unit_of(name: str) -> Unit | None:
     """Return the unit whose record has the file name `name`; None if that is no record's name."""
-    with suppress(ValueError):
-        unit = Unit.parse(name.removesuffix(".json"))
-        if name == f"{unit.name}.json":
-            return unit
-    return None
+    match = _NAME.fullmatch(name)
+    unit = match and Unit(int(match[1]), int(match[2]))
+    return unit if unit and name == f"{unit.name}.json" else None
 
 
 def records(spec: StageSpec) -> list[Record]:
     """Return the records of all committed units of a stage directory."""
-    return [_read(spec, unit) for unit in committed(spec)]
+    return list(each_record(spec))
+
+
+def each_record(spec: StageSpec) -> Iterator[Record]:
+    """Yield what `records` returns one by one, for those who keep little of each: there may be 100,000."""
+    return (_read(spec, unit) for unit in committed(spec))
 
 
 def pending(spec: StageSpec) -> list[Unit]:

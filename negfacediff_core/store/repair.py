@@ -18,6 +18,9 @@ from negfacediff_core.store.shards import read_rows
 from negfacediff_core.store.status import places, stages, wanted_units
 from negfacediff_core.store.verify import Finding, Kind
 
+# Stages whose units read all identities, beyond their own.
+ACROSS_IDENTITIES = frozenset({"scores"})
+
 Units = dict[str, set[Unit]]
 
 
@@ -53,10 +56,14 @@ def repair(store: str, findings: Iterable[Finding]) -> Repair:
         done.left += by_kind[Kind.ARRAYS] + by_kind[Kind.UNIT]
         return done
     by_path = {spec.path: spec for spec in stages(store)}
+    unreadable = {finding.stage for finding in by_kind[Kind.UNREADABLE] if finding.unit is None}
     for path in dict.fromkeys(finding.stage for finding in by_kind[Kind.ARRAYS]):
-        broken = [finding.path for finding in by_kind[Kind.ARRAYS] if finding.stage == path]
-        _write_metadata(by_path[path], [place.removeprefix(f"{path}/") for place in broken])
-        done.files += broken
+        broken = [finding for finding in by_kind[Kind.ARRAYS] if finding.stage == path]
+        if path in unreadable:  # they are written with those that could not be read, or not at all
+            done.left += broken
+            continue
+        _write_metadata(by_path[path], [finding.path.removeprefix(f"{path}/") for finding in broken])
+        done.files += [finding.path for finding in broken]
     for finding in by_kind[Kind.UNIT]:
         assert finding.unit is not None
         done.damaged.setdefault(finding.stage, set()).add(finding.unit)
@@ -120,7 +127,7 @@ def _made_from(spec: StageSpec, source: StageSpec, lost: Collection[Unit]) -> It
         if near and spec.per_replicate and source.per_replicate:
             replicates = _blocks(spec.grid.replicates_of(unit), source.grid.block_replicates)
             near = {block for block in near if any(Unit(block, one) in lost for one in replicates)}
-        if near:
+        if near or spec.name in ACROSS_IDENTITIES:
             yield unit
 
 
@@ -148,9 +155,9 @@ def _drop_descriptions(store: str, findings: Iterable[Finding], dropped: list[st
     return unknown
 
 
-def _write_metadata(spec: StageSpec, paths: Iterable[str]) -> None:
-    """Write damaged metadata of a stage's arrays again: whole, in the extent of what is committed."""
-    with spec.location.lock("stage"):
-        for path in paths:
-            spec.location.remove(path)
-        zarr_arrays.grow(zarr_arrays.covering(spec, committed(spec)))
+def _write_metadata(spec: StageSpec, paths: Collection[str]) -> None:
+    """Write damaged metadata of a stage's arrays over what is there: in the extent of what is committed."""
+    with spec.location.lock("stage") as lock:
+        covering = zarr_arrays.covering(spec, committed(spec))
+        lock.check()
+        zarr_arrays.grow(covering, anew=paths)

@@ -1,14 +1,24 @@
 """Run records: `runs/<name>.json` binds a human name to the stages of one build."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from negfacediff_core.errors import StoreError
-from negfacediff_core.store.layout import SCHEMA_VERSION, damaged, read_versioned, write_json
+from negfacediff_core.store.layout import (
+    SCHEMA_VERSION,
+    StageSpec,
+    damaged,
+    read_spec,
+    read_versioned,
+    write_json,
+)
 from negfacediff_core.store.location import locate
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _AXES = ("identities", "replicates")
+# What the run of a dataset has at least.
+_OF_A_DATASET = {"samples", "aligned", "embeddings", "evaluation"}
 # No build is larger; the units of a damaged record's extent must not fill the memory.
 _MOST = 10_000_000
 _MOST_SAMPLES = 10_000_000_000
@@ -48,6 +58,30 @@ def run_names(store: str) -> list[str]:
     """Return the names of the run records of a store; files whose names no run can have are passed over."""
     files = [name for name in locate(store).names("runs") if name.endswith(".json")]
     return [name for file in files if _NAME.fullmatch(name := file.removesuffix(".json"))]
+
+
+def stages_of_run(store: str, run: str) -> dict[str, StageSpec]:
+    """Return the stages of a dataset's run as they stand in the store, by name, with the run's extents.
+
+    Neither the weights nor the code that made them are needed.
+
+    Raises:
+        StoreError: if there is no such run, or it is not one of a dataset.
+    """
+    record = read_run(store, run)
+    if record is None:
+        there = ", ".join(run_names(store)) or "none"
+        raise StoreError(f"There is no run {run} in {store}; runs there: {there}.")
+    missing = _OF_A_DATASET - record["stages"].keys()
+    if missing:
+        raise StoreError(f"The run {run} in {store} has no {', '.join(sorted(missing))}: it is no dataset.")
+    return {name: _placed(store, name, place) for name, place in record["stages"].items()}
+
+
+def _placed(store: str, name: str, place: dict[str, Any]) -> StageSpec:
+    spec = read_spec(store, name, place["fingerprint"])
+    extent = {axis: place[axis] for axis in _AXES}
+    return replace(spec, grid=replace(spec.grid, **extent))
 
 
 def _is_place(value: Any) -> bool:

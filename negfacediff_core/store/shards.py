@@ -14,20 +14,26 @@ from contextlib import AbstractContextManager
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import PlaceError, StoreError
+from negfacediff_core.errors import StoreError
 from negfacediff_core.store import arrays as zarr_arrays
 from negfacediff_core.store import tables
-from negfacediff_core.store.layout import StageSpec, Unit, array_path, establish, part_path
+from negfacediff_core.store.layout import StageSpec, Unit, array_path, establish, part_path, repair_command
+from negfacediff_core.store.place import Lock, gone
 from negfacediff_core.store.records import Record, has_record, read_record, write_record
 
+# The empty file whose age tells when a stage directory was last prepared.
+PREPARED = ".prepared"
 # Locks that the commits of a stage share, so that few wait for each other and few files lie there.
 _LOCKS = 32
 
 
 def prepare(spec: StageSpec) -> None:
     """Make the stage directory and its arrays ready for the units of the spec's extent."""
-    with spec.location.lock("stage"):
+    with spec.location.lock("stage", make=True) as lock:
+        # What was prepared a short while ago is in use, although no run names it yet.
+        spec.location.touch(PREPARED)
         establish(spec)
+        lock.check()
         zarr_arrays.grow(spec)
 
 
@@ -63,9 +69,7 @@ def commit(
     """
     if not spec.location.exists("stage.json"):
         # Without this the directory would be made anew, below the mount point of a disk that has gone.
-        raise PlaceError(
-            f"{spec.directory} has gone; if a disk was unmounted, mount it, then run the same command again."
-        )
+        raise gone(spec.directory)
     begun = time.perf_counter()
     contents = {
         **zarr_arrays.encode_unit(spec, unit, arrays),
@@ -73,11 +77,11 @@ def commit(
         **(files or {}),
     }
     # One commit of a unit at a time: a worker thought dead must not overwrite what its successor recorded.
-    with commit_lock(spec, unit):
+    with commit_lock(spec, unit) as lock:
         if has_record(spec, unit):
             return read_record(spec, unit)
         hashes = {path: _write(spec, path, content) for path, content in contents.items()}
-        ok = rows.column("status").to_pylist().count("ok") if "status" in rows.column_names else rows.num_rows
+        ok = count_ok(rows)
         record = Record(
             unit=unit,
             rows=rows.num_rows,
@@ -91,11 +95,18 @@ def commit(
             host=socket.gethostname(),
             device=device,
         )
+        # Whoever took over the lock meanwhile may have committed the unit: their record stays.
+        lock.check()
         write_record(spec, record)
         return record
 
 
-def commit_lock(spec: StageSpec, unit: Unit) -> AbstractContextManager[None]:
+def count_ok(rows: pa.Table) -> int:
+    """Return how many rows are ok by their status; all where they have none."""
+    return rows.column("status").to_pylist().count("ok") if "status" in rows.column_names else rows.num_rows
+
+
+def commit_lock(spec: StageSpec, unit: Unit) -> AbstractContextManager[Lock]:
     """Hold the lock under which a unit is committed: meanwhile its files and its record stay as they are."""
     return spec.location.lock(f"commit-{sum(unit) % _LOCKS}")
 
@@ -140,7 +151,7 @@ def _checked(spec: StageSpec, record: Record, path: str) -> bytes:
     data = spec.location.read_bytes(path)
     if hashlib.sha256(data).hexdigest() != record.sha256.get(path):
         raise StoreError(
-            f"{spec.directory}/{path} is not what was committed; negfacediff verify {spec.store} --repair "
-            "has the unit made anew, and what was made from it."
+            f"{spec.directory}/{path} is not what was committed; {repair_command(spec.store)} has the unit "
+            "made anew, and what was made from it."
         )
     return data

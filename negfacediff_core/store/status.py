@@ -7,7 +7,7 @@ from typing import Any
 from negfacediff_core.errors import StoreError
 from negfacediff_core.store.layout import StageSpec, Unit, read_spec
 from negfacediff_core.store.location import locate
-from negfacediff_core.store.records import Record, committed, records
+from negfacediff_core.store.records import Record, committed, each_record
 from negfacediff_core.store.runs import read_runs, run_names
 
 
@@ -94,17 +94,29 @@ def units_of(spec: StageSpec, place: dict[str, Any]) -> set[Unit]:
 
 def rate(done: Iterable[Record]) -> float | None:
     """Return rows a second of the wall-clock time in which some unit was being worked on; None of nothing."""
-    counted = list(done)
-    seconds = seconds_worked(counted)
-    return sum(record.rows for record in counted) / seconds if seconds > 0 else None
+    rows, spans = 0, []
+    for record in done:
+        rows += record.rows
+        spans.append((record.started, record.finished))
+    return _rate(rows, spans)
 
 
 def seconds_worked(done: Iterable[Record]) -> float:
     """Return the wall-clock time in which some unit was being worked on, whatever lay between."""
+    return _covered((record.started, record.finished) for record in done)
+
+
+def _rate(rows: int, spans: Iterable[tuple[float, float]]) -> float | None:
+    seconds = _covered(spans)
+    return rows / seconds if seconds > 0 else None
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return how much time lies in one or more of the spans `(start, end)`."""
     seconds, until = 0.0, float("-inf")
-    for record in sorted(done, key=lambda record: record.started):
-        seconds += max(0.0, record.finished - max(record.started, until))
-        until = max(until, record.finished)
+    for started, finished in sorted(spans):
+        seconds += max(0.0, finished - max(started, until))
+        until = max(until, finished)
     return seconds
 
 
@@ -125,10 +137,14 @@ def places(run: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _stage_status(spec: StageSpec, wanted: dict[str, set[Unit]]) -> StageStatus:
-    done = records(spec)
-    pending = len(set().union(*wanted.values()) - {record.unit for record in done})
-    speed = rate(done)
-    rows = sum(record.rows for record in done)
+    done, spans, rows, failed = set(), [], 0, 0
+    for record in each_record(spec):
+        done.add(record.unit)
+        spans.append((record.started, record.finished))
+        rows += record.rows
+        failed += record.failed
+    pending = len(set().union(*wanted.values()) - done)
+    speed = _rate(rows, spans)
     left = pending * rows / len(done) / speed if speed and done else None
     return StageStatus(
         stage=spec.name,
@@ -137,7 +153,7 @@ def _stage_status(spec: StageSpec, wanted: dict[str, set[Unit]]) -> StageStatus:
         done=len(done),
         pending=pending,
         rows=rows,
-        failed=sum(record.failed for record in done),
+        failed=failed,
         rate=speed,
         seconds_left=left,
     )

@@ -40,7 +40,11 @@ def parse_part(spec: StageSpec, data: bytes) -> pa.Table:
         DamagedError: if they are no Parquet, or the columns are not the stage's.
     """
     try:
-        return pq.read_table(pa.BufferReader(data), schema=schema(spec))
+        # told the schema, the reader would fill missing columns and cast others
+        rows = pq.read_table(pa.BufferReader(data))
+        if not rows.schema.equals(schema(spec)):
+            raise ValueError(f"its columns are {', '.join(rows.column_names)}")
+        return rows
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         reason, names = " ".join(str(error).split()), ", ".join(name for name, _ in spec.columns)
         raise DamagedError(

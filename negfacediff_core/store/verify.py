@@ -15,16 +15,22 @@ from enum import StrEnum
 from itertools import product
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from negfacediff_core.errors import DamagedError, StoreError
 from negfacediff_core.store import arrays as zarr_arrays
 from negfacediff_core.store import tables
-from negfacediff_core.store.layout import StageSpec, Unit, array_path, part_path, read_spec, record_path
+from negfacediff_core.store.layout import (
+    StageSpec,
+    Unit,
+    array_path,
+    part_path,
+    read_spec,
+    record_path,
+    unit_paths,
+)
 from negfacediff_core.store.location import Entry, locate
 from negfacediff_core.store.records import Record, read_record, unit_of
 from negfacediff_core.store.runs import read_run, run_names
+from negfacediff_core.store.shards import count_ok
 from negfacediff_core.store.status import directories, places, units_of
 
 # Seconds after which a file that nobody has touched is taken for abandoned: no write of one takes as long.
@@ -74,15 +80,8 @@ class StoredUnit:
     @property
     def size(self) -> int:
         """Bytes of the unit's record, shards and rows."""
-        return sum(self.files.get(path, 0) for path in [record_path(self.unit), *self.paths])
-
-    @property
-    def paths(self) -> list[str]:
-        """The files that every unit of the stage has beside its record."""
-        return [
-            *(array_path(self.spec, array, self.unit) for array in self.spec.arrays),
-            part_path(self.unit),
-        ]
+        paths = [record_path(self.unit), *unit_paths(self.spec, self.unit)]
+        return sum(self.files.get(path, 0) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -206,14 +205,23 @@ def _survey_stage(
     spec: StageSpec, wanted: Mapping[str, dict] | None, findings: list[Finding]
 ) -> list[StoredUnit]:
     """Check one stage directory but for what its units hold; `wanted` are the extents to keep to."""
-    entries = spec.location.walk("")
+    try:
+        entries = spec.location.walk("")
+    except StoreError as error:
+        findings.append(Finding(Kind.UNREADABLE, spec.path, str(error), spec.path))
+        return []
     files = {entry.path: entry.size for entry in entries}
     names = [path.removeprefix("done/") for path in files if path.startswith("done/")]
     units = sorted(unit for name in names if (unit := unit_of(name)) is not None)
     broken = zarr_arrays.damaged_metadata(spec, units)
     findings += [
-        Finding(Kind.ARRAYS, f"{spec.path}/{path}", "it is not what describes the committed units", spec.path)
-        for path in broken
+        Finding(
+            Kind.ARRAYS if isinstance(error, DamagedError) else Kind.UNREADABLE,
+            f"{spec.path}/{path}",
+            _reason(error, "it is not what describes the committed units"),
+            spec.path,
+        )
+        for path, error in broken.items()
     ]
     findings += _temporaries(spec.path, entries)
     if wanted is not None:
@@ -244,12 +252,12 @@ def _check_unit(stored: StoredUnit) -> list[Finding]:
         kind = Kind.UNIT if isinstance(error, DamagedError) else Kind.UNREADABLE
         return [found(kind, record_path(unit), _reason(error, "the record is damaged"))]
     findings = []
-    for path in sorted({*stored.paths, *record.sha256}):
-        # what was listed before a unit was committed beside us is not missing
-        if path not in stored.files and not spec.location.exists(path):
-            findings.append(found(Kind.UNIT, path, "it is missing"))
-            continue
+    for path in sorted({*unit_paths(spec, unit), *record.sha256}):
         try:
+            # what was listed before a unit was committed beside us is not missing
+            if path not in stored.files and not spec.location.exists(path):
+                findings.append(found(Kind.UNIT, path, "it is missing"))
+                continue
             data = spec.location.read_bytes(path)
         except StoreError as error:
             findings.append(found(Kind.UNREADABLE, path, str(error)))
@@ -282,18 +290,16 @@ def _decoded(spec: StageSpec, unit: Unit, path: str, data: bytes) -> list[Findin
 def _row_problem(spec: StageSpec, unit: Unit, record: Record, data: bytes) -> str | None:
     """Return what is wrong with rows whose bytes are right; None if nothing is."""
     try:
-        rows = pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        return f"it is no Parquet file ({error})"
-    if not rows.schema.equals(tables.schema(spec)):
-        return f"its columns are {rows.schema.names}, not those of the stage"
+        rows = tables.parse_part(spec, data)
+    except DamagedError as error:
+        return str(error).rstrip(".")
     axes = [axis for axis in ("identity", "replicate") if axis in rows.column_names]
     spans = {"identity": spec.grid.identities_of(unit), "replicate": spec.grid.replicates_of(unit)}
     expected = set(product(*(spans[axis] for axis in axes)))
     found = list(zip(*(rows.column(axis).to_pylist() for axis in axes), strict=True))
     if len(found) != len(expected) or set(found) != expected:
         return f"its {len(found)} rows are not the unit's {len(expected)} samples, each once"
-    ok = rows.column("status").to_pylist().count("ok") if "status" in rows.column_names else rows.num_rows
+    ok = count_ok(rows)
     if (record.rows, record.ok, record.failed) != (rows.num_rows, ok, rows.num_rows - ok):
         return "the record counts other rows"
     return None

@@ -1,0 +1,233 @@
+"""A place that is a folder of a local or mounted file system."""
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from negfacediff_core.errors import PlaceError, StoreError
+from negfacediff_core.store import faults
+from negfacediff_core.store.place import Entry, Lock, gone, lost
+
+_REMEDIES = {
+    errno.EROFS: "the file system is read-only; choose a place that can be written",
+    errno.EACCES: "permission is denied; allow writing there or choose another place",
+    errno.EPERM: "permission is denied; allow writing there or choose another place",
+    errno.ENOSPC: "the disk is full; free space and run the command again, what is done stays",
+    errno.EDQUOT: "the disk quota is used up; free space and run the command again, what is done stays",
+    errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place",
+    errno.EEXIST: "a file stands where a folder is needed; move it away or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed; move it away or choose another place",
+    errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise build that stage again",
+}
+# What keeps every file from being written, not one.
+_OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
+# Bytes of a file that are read at a time.
+_PIECE = 2**20
+
+
+class LocalLocation:
+    """A folder of a local or mounted file system."""
+
+    def __init__(self, folder: str) -> None:
+        self.root = Path(folder).absolute()
+        self.url = str(self.root)
+
+    def at(self, path: str) -> "LocalLocation":
+        """Return the place `path` below this one."""
+        return LocalLocation(str(self.root / path))
+
+    def read_bytes(self, path: str) -> bytes:
+        """Return the content of the file `path`."""
+        # A stage may have 100,000 records: making `Path` and file objects takes longer than reading them.
+        with self.explained("read", path):
+            handle = os.open(f"{self.url}/{path}", os.O_RDONLY)
+            try:
+                return b"".join(iter(lambda: os.read(handle, _PIECE), b""))
+            finally:
+                os.close(handle)
+
+    def write_atomic(self, path: str, data: bytes) -> None:
+        """Write a temporary file beside `path`, fsync it, rename it over `path`, fsync the folder."""
+        half = len(data) // 2
+        target = self.root / path
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        with _explained("write", target):
+            _make_folder(target.parent)
+            faults.reached(f"write {path}")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data[:half])
+                    file.flush()
+                    faults.reached(f"half {path}")
+                    file.write(data[half:])
+                    file.flush()
+                    os.fsync(file.fileno())
+                faults.reached(f"rename {path}")
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            faults.reached(f"renamed {path}")
+            _sync_folder(target.parent)
+
+    def touch(self, path: str) -> None:
+        """Make the empty file `path`, or make it as new as if it had just been written."""
+        with self.explained("write", path):
+            (self.root / path).touch()
+
+    def exists(self, path: str) -> bool:
+        """Tell whether the file `path` is there."""
+        with self.explained("read", path):
+            return (self.root / path).exists()
+
+    def modified(self, path: str) -> float | None:
+        """Return the unix time of the last change of the file `path`; None if it is not there."""
+        with self.explained("read", path):
+            try:
+                return (self.root / path).stat(follow_symlinks=False).st_mtime
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def names(self, path: str) -> list[str]:
+        """Return the sorted names in the folder `path`, no temporary files; none if it is no folder."""
+        with self.explained("list", path):
+            try:
+                return sorted(name for name in os.listdir(self.root / path) if name[0] != ".")  # noqa: PTH208
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def walk(self, path: str) -> list[Entry]:
+        """Return every file in the folder `path` and below, temporary ones too; none if it is no folder."""
+        with self.explained("list", path):
+            return sorted(_walk(self.root / path, f"{path}/" if path else ""))
+
+    def remove(self, path: str) -> None:
+        """Remove the file `path`, or the folder with all that it holds; nothing if it is not there."""
+        target = self.root / path
+        faults.reached(f"remove {path}")
+        with self.explained("remove", path):
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                _sync_folder(target.parent)
+
+    @contextmanager
+    def lock(self, name: str, *, make: bool = False) -> Iterator[Lock]:
+        """Hold an advisory lock on the file `.<name>.lock`; the kernel frees it when the process dies.
+
+        Whoever removes the folder holds the lock meanwhile, and its file goes too: the others, who wait for a
+        file that has no name any more, then begin anew.
+        """
+        path = self.root / f".{name}.lock"
+        while True:
+            with _explained("lock", path):
+                handle = self._open_lock(path, make)
+            try:
+                with _explained("lock", path):
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                held = _FileLock(handle, path)
+                if held.stands():
+                    yield held
+                    return
+            finally:
+                os.close(handle)
+
+    def _open_lock(self, path: Path, make: bool) -> int:
+        """Open the file of a lock, in a folder that is made, or must be there."""
+        while True:
+            if make:
+                _make_folder(self.root)
+            try:
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except FileNotFoundError:
+                if not make:  # otherwise it was removed since
+                    raise gone(self.url) from None
+
+    def explained(self, doing: str, path: str) -> AbstractContextManager[None]:
+        """Turn operating-system errors while `doing` something at `path` into a `StoreError`."""
+        return _explained(doing, f"{self.url}/{path}")
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, making the folder if it is not there."""
+        probe = f"writable-{uuid.uuid4().hex}"
+        try:
+            _make_folder(self.root)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"cannot make the folder {self.root}: {error.strerror}; choose another place for the store."
+            ) from error
+        except OSError:
+            pass  # the write below tells why
+        self.write_atomic(probe, b"negfacediff")
+        with _explained("write", self.root):
+            (self.root / probe).unlink()
+
+
+class _FileLock:
+    """A lock of the kernel on an open file."""
+
+    def __init__(self, handle: int, path: Path) -> None:
+        self._handle, self._path = handle, path
+
+    def stands(self) -> bool:
+        """Tell whether the file that is locked is the one of this name, for which others wait."""
+        with _explained("lock", self._path):
+            try:
+                return os.path.samestat(os.fstat(self._handle), self._path.stat(follow_symlinks=False))
+            except FileNotFoundError:
+                return False
+
+    def check(self) -> None:
+        """Raise PlaceError if the folder has gone, and StoreError if somebody removed the lock."""
+        if not self.stands():
+            raise lost(str(self._path)) if self._path.parent.is_dir() else gone(str(self._path.parent))
+
+
+@contextmanager
+def _explained(doing: str, path: str | Path) -> Iterator[None]:
+    """Turn an operating-system error into a `StoreError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        other = f"{error.strerror or error}; mend that and run the same command again"
+        remedy = _REMEDIES.get(error.errno or 0, other)
+        kind = PlaceError if error.errno in _OF_THE_PLACE else StoreError
+        raise kind(f"cannot {doing} {path}: {remedy}.") from error
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
+    """Yield the files below a folder that other processes may be changing; symbolic links are files here."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder / entry.name, f"{prefix}{entry.name}/")
+            continue
+        with suppress(FileNotFoundError):
+            facts = entry.stat(follow_symlinks=False)
+            yield Entry(f"{prefix}{entry.name}", facts.st_size, facts.st_mtime)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each safely on disk before anything is put into it."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
