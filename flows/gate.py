@@ -1,0 +1,160 @@
+"""The flow `leakage_gate`: gallery, neighbours, counts, and what the policy asks for."""
+
+import io
+import threading
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from rich.console import Console
+
+from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, finish, meter_of
+from flows.progress import CallbackBar, show_progress
+from flows.results import figures_of, report_of, seconds_of, write_page
+from flows.resume import build_of
+from negfacediff_core.config import ExecutionConfig, LeakageConfig, Policy
+from negfacediff_core.contexts.images import read_image
+from negfacediff_core.evaluation.pair_sheet import Pair, pair_sheet
+from negfacediff_core.stages import kept
+from negfacediff_core.stages.gallery import image_path
+from negfacediff_core.stages.gate import Gate, plan_gate
+from negfacediff_core.stages.leakage import REPORT, leaking, read_report, thresholds_at
+from negfacediff_core.store.layout import StageSpec, Unit
+from negfacediff_core.store.location import locate
+from negfacediff_core.store.records import pending
+from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.shards import prepare, read_arrays
+from tasks.chunks import Crew
+from tasks.executors import installed_versions, open_pool
+
+# Pairs that a sheet shows.
+SHOWN = 20
+
+
+@flow(
+    name="leakage-gate",
+    flow_run_name="{run}",
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+)
+def leakage_gate(
+    store: str, run: str, settings: LeakageConfig, execution: ExecutionConfig = DEFAULT_EXECUTION
+) -> dict[str, Any]:
+    """Compare the images of `run` with a gallery, and do what the policy says.
+
+    The gate's stages are bound to the name `<run>.leakage`. Policy flag writes `runs/<run>.leakage.parquet`,
+    a row an image that leaks at `settings.fmr`; drop makes the run `<run>.kept` besides, whose embeddings
+    and evaluation leave those images out. Nothing that is committed changes.
+
+    Returns the `report`, the `places` of what was written, and the `figures` of the run and of what was kept
+    (policy drop). Raises as `plan_gate` and `build_dataset`.
+    """
+    gate = plan_gate(store, run, settings)
+    for spec in gate.stages.values():
+        prepare(spec)
+    _record(store, f"{run}.leakage", gate.stages, None)
+    _finish(gate.stages, execution, f"Comparing {run} with {settings.gallery}")
+    _record(store, f"{run}.leakage", gate.stages, seconds_of(gate.stages.values()))
+    counted = gate.stages["leakage"]
+    report = read_report(counted)
+    places = {"report": f"{counted.directory}/{REPORT}"}
+    if settings.pictures:
+        places["pictures"] = _draw(gate, report)
+    figures: list[dict[str, Any]] = []
+    if settings.policy in (Policy.flag, Policy.drop):
+        thresholds_at(report, settings.fmr)
+        places["flagged"] = _flag(store, run, counted, settings.fmr)
+    if settings.policy == Policy.drop:
+        figures = _drop(store, run, gate, settings.fmr, execution)
+    return {"report": report, "places": places, "figures": figures}
+
+
+def _finish(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str) -> None:
+    """Bring stages to their end one after the other, with progress on the console."""
+    meters = [meter_of(spec) for spec in specs.values()]
+    for meter in meters:
+        if meter.stage == "gallery":
+            meter.noun = "images"  # whose numbers stand where others have identities
+    if all(meter.complete for meter in meters):
+        return
+    stop = threading.Event()
+    with open_pool(execution) as pool, show_progress(title, meters, Console(stderr=True)) as reporter:
+        crew = Crew(pool, execution, reporter.started, reporter.committed, stop)
+        try:
+            for spec in specs.values():
+                finish([spec], crew)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _record(store: str, name: str, specs: Mapping[str, StageSpec], seconds: float | None) -> None:
+    """Bind a name to stages, so that they are kept, verified and shown."""
+    stages = {
+        spec.name: {
+            "fingerprint": spec.fingerprint,
+            "identities": spec.grid.identities,
+            "replicates": spec.grid.replicates,
+        }
+        for spec in specs.values()
+    }
+    content = {"stages": stages, "versions": installed_versions(), "seconds": seconds}
+    write_run(store, name, content)
+
+
+def _flag(store: str, run: str, counted: StageSpec, rate: float) -> str:
+    """Write the images that leak at a rate beside the run."""
+    buffer = io.BytesIO()
+    pq.write_table(leaking(counted, rate), buffer)
+    folder, name = locate(store).at("runs"), f"{run}.leakage.parquet"
+    folder.write_atomic(name, buffer.getvalue())
+    return f"{folder.url}/{name}"
+
+
+def _drop(store: str, run: str, gate: Gate, rate: float, execution: ExecutionConfig) -> list[dict[str, Any]]:
+    """Make the run without what leaks; returns its figures, behind those of the run."""
+    marked = kept.plan(gate.run["embeddings"], gate.stages["leakage"], rate)
+    remade = kept.remake(build_of(store, run), gate.run, marked)
+    for spec in remade.values():
+        prepare(spec)
+    specs = {**gate.run, **remade}
+    name = f"{run}.kept"
+    _record(store, name, specs, None)
+    left = pending(marked)
+    with CallbackBar("embeddings", "units") as bar:
+        for done, unit in enumerate(left):
+            kept.mark_unit(marked, unit)
+            bar(done + 1, len(left))
+    _finish(
+        {key: spec for key, spec in remade.items() if spec is not marked}, execution, f"Evaluating {name}"
+    )
+    seconds = seconds_of(specs.values())
+    _record(store, name, specs, seconds)
+    figures = [figures_of(run, gate.run), figures_of(name, specs)]
+    write_page(specs, report_of(f"Dataset {name}", figures, specs, seconds))
+    return figures
+
+
+def _draw(gate: Gate, report: Mapping[str, Any]) -> str:
+    """Draw each recogniser's worst pairs beside the report."""
+    gallery, samples, counted = gate.stages["gallery"], gate.run["samples"], gate.stages["leakage"]
+    for role, one in zip(gate.stages["neighbours"].weights, report["recognisers"], strict=True):
+        pairs = []
+        for pair in one["worst_images"][:SHOWN]:
+            real = read_image(image_path(gallery, pair["gallery"]))
+            if real is not None:
+                sample = f"{pair['identity']}/{pair['replicate']}"
+                generated = _sample(samples, pair["identity"], pair["replicate"])
+                pairs.append(Pair(generated, real, sample, pair["gallery"], pair["cosine"]))
+        title = f"Generated (left) and nearest of the gallery (right), by {one['recogniser']}"
+        counted.location.write_atomic(f"pairs_{role}.png", pair_sheet(pairs, title))
+    return f"{counted.directory}/pairs_*.png"
+
+
+def _sample(samples: StageSpec, identity: int, replicate: int) -> Any:
+    """One generated image `(H, W, 3)`."""
+    blocks = samples.grid.block_identities, samples.grid.block_replicates
+    unit = Unit(identity // blocks[0], replicate // blocks[1])
+    return read_arrays(samples, unit)["image"][identity % blocks[0], replicate % blocks[1]]

@@ -1,0 +1,156 @@
+"""`negfacediff leakage`: are generated faces those of real people? The flow of the gate, and its command."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from flows.command import DEFAULTS, Verbose, print_figures, print_places, show_log, with_execution
+from flows.resume import Store
+from flows.words import count_text
+from negfacediff_core.config import ExecutionConfig, LeakageConfig, Policy
+from negfacediff_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flows.leakage_plan import Estimate
+
+_FIELDS = LeakageConfig.model_fields
+
+
+@with_execution("batch_size", "device", "acceleration", "approve_above_hours")
+def leakage(
+    store: Store,
+    run: Annotated[str, typer.Argument(help="Name of the run whose images are compared.")],
+    gallery: Annotated[str, typer.Option(help=_FIELDS["gallery"].description)],
+    recogniser: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="insightface model pack that did not condition the generator; may be given twice. Left "
+            "out: the judge of the run."
+        ),
+    ] = None,
+    detector: Annotated[str | None, typer.Option(help=_FIELDS["detector"].description)] = None,
+    detector_size: Annotated[int, typer.Option(help=_FIELDS["detector_size"].description)] = 0,
+    policy: Annotated[Policy, typer.Option(help=_FIELDS["policy"].description)] = Policy.report,
+    fmr: Annotated[float, typer.Option(help=_FIELDS["fmr"].description)] = 1e-5,
+    pictures: Annotated[bool, typer.Option("--pictures", help=_FIELDS["pictures"].description)] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will take, after short trials, and do nothing.")
+    ] = False,
+    execution: ExecutionConfig = DEFAULTS,
+    verbose: Verbose = False,
+) -> None:
+    """Find the most similar person of a gallery for every image of a run, and count those that are alike.
+
+    The gallery is what must not come out again: the images that the generator was trained on, or public test
+    sets. What counts as alike is calibrated on the gallery's own people. Running the same command again goes
+    on where it stopped.
+    """
+    from negfacediff_core.stages.gate import plan_gate
+    from negfacediff_core.store.status import check_store
+    from tasks.executors import check_available
+
+    settings = _settings(
+        gallery=gallery,
+        recognisers=tuple(recogniser or ()),
+        detector=detector,
+        detector_size=detector_size,
+        policy=policy,
+        fmr=fmr,
+        pictures=pictures,
+    )
+    execution = execution.model_copy(update={"device": "cpu"})
+    check_available(execution)
+    check_store(store)
+    gate = plan_gate(store, run, settings)
+    if not gate.conditioner_known:
+        print(
+            "The generator does not tell which recogniser it was trained with: make sure that it is none of "
+            "those that look here."
+        )
+    if dry_run:
+        from flows.leakage_plan import estimate
+
+        _print_estimate(estimate(gate, execution))
+        return
+    show_log(verbose)
+    from flows.gate import leakage_gate
+    from flows.launch import launch
+
+    result = launch(leakage_gate, store=store, run=run, settings=settings, execution=execution)
+    _print_report(result["report"])
+    print_places(**result["places"])
+    if result["figures"]:
+        print_figures(result["figures"])
+
+
+def _settings(**values: Any) -> LeakageConfig:
+    from flows.presets import explain
+
+    try:
+        return LeakageConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, LeakageConfig)) from error
+
+
+def _print_estimate(estimated: "Estimate") -> None:
+    from flows.leakage_plan import memory_text, rows_of
+
+    table = Table("work", box=None, pad_edge=False)
+    for column in ("left", "operations", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows_of(estimated):
+        table.add_row(*row)
+    Console().print(table)
+    print(memory_text(estimated))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    """Print what was counted, a row a recogniser and rate."""
+    people = report["gallery"]
+    print(
+        f"\n{report['compared']:,} of {count_text(report['images'], 'image')} compared with "
+        f"{count_text(people['faces'], 'face')} of {people['people']:,} people "
+        f"({people['images'] - people['faces']:,} images of the gallery show none)."
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recogniser", no_wrap=True)
+    for column in ("FMR", "threshold", "alike", "identities", "centres", "gallery"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in report["recognisers"]:
+        for row in one["rates"]:
+            table.add_row(one["recogniser"], f"{row['fmr']:g}", *_cells(row, report["compared"]))
+    Console().print(table)
+    for one in report["recognisers"]:
+        lacking = [
+            f"FMR {row['fmr']:g} takes {row['pairs_needed']:,}"
+            for row in one["rates"]
+            if row["threshold"] is None
+        ]
+        if lacking:
+            print(f"{one['recogniser']}: {one['impostor_pairs']:,} impostor pairs; {', '.join(lacking)}.")
+    if len(report["recognisers"]) > 1:
+        for row in report["rates"]:
+            if row["some"] is not None:
+                print(f"At FMR {row['fmr']:g}: {row['some']:,} alike to either, {row['all']:,} to both.")
+    for one in report["recognisers"]:
+        for pair in one["worst_images"][:3]:
+            print(
+                f"{one['recogniser']}: identity {pair['identity']}, image {pair['replicate']} and "
+                f"{pair['gallery']}: {pair['cosine']:.3f}"
+            )
+
+
+def _cells(row: dict[str, Any], compared: int) -> list[str]:
+    """The cells of one rate, for which there may be no threshold."""
+    if row["threshold"] is None:
+        return ["none"]
+    return [
+        f"{row['threshold']:.3f}",
+        f"{row['images']:,} ({row['images'] / max(1, compared):.1%})",
+        f"{row['identities']:,}",
+        f"{row['centres']:,}",
+        f"{row['gallery_share']:.1%}",
+    ]

@@ -1,0 +1,114 @@
+"""The command `leakage`: what it prints and leaves, and that a second time nothing is made."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from context_material import save_pictures
+from prefect.testing.utilities import prefect_test_harness
+from stage_builds import make
+
+from flows.cli import main
+from negfacediff_core.store.extents import read_array, read_column
+from negfacediff_core.store.gc import find_rubbish
+from negfacediff_core.store.runs import read_run, stages_of_run, write_run
+from negfacediff_core.store.status import unfinished
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect_server():
+    with prefect_test_harness(server_startup_timeout=300):
+        yield
+
+
+@pytest.fixture(scope="module")
+def store(tiny_build, tmp_path_factory):
+    """A finished run, as the flow records it."""
+    store = tmp_path_factory.mktemp("command") / "store"
+    make(tiny_build, store)
+    record = read_run(str(store), "tiny")
+    write_run(str(store), "tiny", {**record, "config": tiny_build.model_dump(mode="json"), "seconds": 1.0})
+    return store
+
+
+def leakage(store, *options):
+    """Run the command; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main(["leakage", str(store), "tiny", "--workers", "2", *map(str, options)])
+    return stop.value.code
+
+
+def test_images_that_leak_are_counted_flagged_and_dropped(store, tmp_path, capsys):
+    stages = stages_of_run(str(store), "tiny")
+    embeddings = read_array(stages["embeddings"], "embedding", 5, 3)
+    valid = read_column(stages["embeddings"], "status", 5, 3) == "ok"
+    own = embeddings[valid][0] / np.linalg.norm(embeddings[valid][0])
+    strangers = own + 0.03 * np.random.default_rng(0).standard_normal((150, len(own)))
+    file = tmp_path / "gallery.npz"
+    names = [f"stranger {number}" for number in range(150)] + ["a training image"]
+    np.savez(file, embeddings=np.concatenate([strangers, own[None]]).astype(np.float32), names=names)
+
+    assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
+    said = capsys.readouterr()
+    assert "make sure that it is none of those that look here" in said.out  # the tiny generator does not tell
+    assert f"{valid.sum()} of 15 images compared with 151 faces of 151 people" in said.out
+    assert (
+        "11,325 impostor pairs; FMR 0.0001 takes 100,000, FMR 1e-05 takes" in said.out
+        and "tiny.kept" in said.out
+    )
+    place = tuple(np.argwhere(valid)[0])
+    assert f"identity {place[0]}, image {place[1]} and a training image: 1.000" in said.out
+    flagged = pq.read_table(store / "runs" / "tiny.leakage.parquet")
+    found = list(
+        zip(flagged.column("identity").to_pylist(), flagged.column("replicate").to_pylist(), strict=True)
+    )
+    assert place in found
+    status = read_column(stages_of_run(str(store), "tiny.kept")["embeddings"], "status", 5, 3)
+    assert [tuple(map(int, one)) for one in np.argwhere(status == "leaked")] == found
+    assert (read_column(stages["embeddings"], "status", 5, 3) == "leaked").sum() == 0
+    kept = stages_of_run(str(store), "tiny.kept")["evaluation"]
+    assert "tiny.kept" in (store / kept.path / "report.html").read_text()
+    assert unfinished(str(store)) == {}
+    assert find_rubbish(str(store)) == []
+
+    records = {path: path.read_bytes() for path in store.glob("*/*/done/*.json")}
+    assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
+    assert {path: path.read_bytes() for path in store.glob("*/*/done/*.json")} == records
+
+
+def test_pictures_are_drawn_when_asked(store, tmp_path, capsys):
+    gallery = save_pictures(tmp_path / "people", range(4))
+    assert leakage(store, "--gallery", gallery) == 0
+    report = store / capsys.readouterr().out.split("report   ")[1].split("\n")[0]
+    assert json.loads(report.read_text())["gallery"]["faces"] == 4
+    assert list(report.parent.glob("*.png")) == []
+    assert leakage(store, "--gallery", gallery, "--pictures") == 0
+    assert (report.parent / "pairs_first.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_is_refused_in_one_line(store, tmp_path, capsys):
+    gallery = save_pictures(tmp_path / "people", range(4))
+    file = tmp_path / "gallery.npz"
+    np.savez(file, embeddings=np.eye(5, 16, dtype=np.float32))
+    for options, message in (
+        (
+            ["--gallery", gallery, "--policy", "flag"],
+            "6 impostor pairs, too few for a threshold at FMR 1e-05",
+        ),
+        (["--gallery", file, "--pictures"], "embeddings, which show nothing"),
+        (["--gallery", gallery, *["--recogniser", "a"] * 3], "recognisers"),
+        (["--gallery", gallery, "--detector-size", 100], "multiple of 32"),
+    ):
+        assert leakage(store, *options) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert message in said[-1] and said[-1].startswith("Error: ")
+
+
+def test_the_dry_run_says_what_it_takes(store, tmp_path, capsys):
+    before = sorted(store.rglob("*"))
+    gallery = save_pictures(tmp_path / "people", range(9))
+    assert leakage(store, "--gallery", gallery, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "9 images" in said and "24 x 9" in said and "Memory of a process" in said
+    assert sorted(store.rglob("*")) == before
