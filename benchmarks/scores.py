@@ -1,0 +1,170 @@
+"""All scores of a large set against the plain form: time, the arithmetic floor, memory, and exactness.
+
+    OMP_NUM_THREADS=1 python benchmarks/scores.py [--images 50000]
+
+A slice of a set of 500,000 embeddings is timed, one band against a part of another, since a pair costs the
+same whichever it is; then all pairs of a smaller set are counted, band by band, as two workers would share
+them. Exits with 1 where a target is missed.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from measure import best_seconds, machine, product_rate, write_results
+from numpy.typing import NDArray
+
+from negfacediff_core.evaluation.bands import (
+    BAND_IMAGES,
+    BINS,
+    TILE_ROWS,
+    Images,
+    add_up,
+    band_bytes,
+    partners,
+    score_band,
+)
+from negfacediff_core.evaluation.bootstrap import MOST_IDENTITIES, SUBSETS, bootstrap
+from negfacediff_core.evaluation.metrics import separability
+
+WIDTH, EACH = 512, 50
+IMAGES, WORKERS = 500_000, 2
+MINUTES, MEMORY = 45, 4 * 2**30
+DRAWS = 200
+# Images that the timed band is compared with.
+SLICE = 16_384
+
+
+def faces(identities: range) -> Images:
+    """Embeddings whose scores are like published ones: 0.36 +- 0.13 genuine, 0.02 +- 0.06 impostor."""
+    random = np.random.default_rng(identities.start)
+    spread = np.r_[np.ones(260), np.full(WIDTH - 260, 0.1)].astype(np.float32)
+    centres = random.standard_normal((len(identities), 1, WIDTH), dtype=np.float32)
+    noise = random.standard_normal((len(identities), EACH, WIDTH), dtype=np.float32)
+    blur = random.uniform(0.6, 2.1, (len(identities), EACH, 1)).astype(np.float32)
+    vectors = (centres + blur * noise + 0.2) * spread
+    return Images(vectors.reshape(-1, WIDTH), np.repeat(np.array(identities), EACH))
+
+
+def plain(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Count the scores of unit rows in tiles of the same size: a similarity matrix and numpy's histogram."""
+    counts = np.zeros(BINS, np.int64)
+    for top in range(0, len(left), TILE_ROWS):
+        for start in range(0, len(right), 4 * TILE_ROWS):
+            scores = left[top : top + TILE_ROWS] @ right[start : start + 4 * TILE_ROWS].T
+            counts += np.histogram(scores, BINS, (-1, 1))[0]
+    return counts
+
+
+def time_slice() -> dict[str, Any]:
+    """Nanoseconds of processor time a pair, here and in the plain form, and those of the product alone."""
+    per_band = BAND_IMAGES // EACH
+    own, other = faces(range(per_band)), faces(range(per_band, 2 * per_band))
+    part = Images(other.embeddings[:SLICE], other.identity[:SLICE])
+    both = best_seconds(lambda: score_band(own, [part]), 2)
+    alone = best_seconds(lambda: score_band(own, ()), 2)
+    pairs = len(own.identity) * len(part.identity)
+    units = [
+        images.embeddings / np.linalg.norm(images.embeddings, axis=1, keepdims=True) for images in (own, part)
+    ]
+    few = units[0][: 2 * TILE_ROWS], units[1][: 4 * TILE_ROWS]
+    looped = best_seconds(lambda: plain(*few), 1) / (len(few[0]) * len(few[1]))
+    rate = product_rate(TILE_ROWS, 4 * TILE_ROWS, WIDTH)
+    here = (both - alone) / pairs
+    return {
+        "ns_per_pair": 1e9 * here,
+        "ns_per_pair_of_the_plain_form": 1e9 * looped,
+        "ratio": looped / here,
+        "product_gflops": rate / 1e9,
+        "floor_ns_per_pair": 1e9 * 2 * WIDTH / rate,
+        "seconds_of_a_band_with_itself": alone,
+        "minutes_for_all": _minutes(here, alone),
+        "minutes_for_all_of_the_plain_form": _minutes(looped, 0.0),
+    }
+
+
+def _minutes(seconds_a_pair: float, seconds_a_band: float) -> float:
+    """Time of all pairs of IMAGES on WORKERS cores, beside what a band costs by itself."""
+    every = IMAGES**2 / 2 * seconds_a_pair + IMAGES / BAND_IMAGES * seconds_a_band
+    return every / WORKERS / 60
+
+
+def run_all(images: int) -> dict[str, Any]:
+    """Count all pairs of `images`, band by band, and check their number and moments."""
+    per_band = BAND_IMAGES // EACH
+    identities = images // EACH
+    bands = [range(start, min(start + per_band, identities)) for start in range(0, identities, per_band)]
+
+    def others(band: int) -> Iterator[Images]:
+        return (faces(bands[other]) for other in partners(band, len(bands))[1:])
+
+    started, clock = time.process_time(), time.perf_counter()
+    comparisons = add_up([score_band(faces(bands[band]), others(band)) for band in range(len(bands))])
+    seconds, wall = time.process_time() - started, time.perf_counter() - clock
+    pairs = images * (images - 1) // 2
+    found = separability(*comparisons)
+    assert found.genuine_count + found.impostor_count == pairs
+    return {
+        "images": images,
+        "pairs": pairs,
+        "processor_seconds": seconds,
+        "wall_seconds": wall,
+        "ns_per_pair": 1e9 * seconds / pairs,
+        **{
+            f"{kind}_{moment}": getattr(found, f"{kind}_{moment}")
+            for kind in ("genuine", "impostor")
+            for moment in ("mean", "std")
+        },
+        "eer": found.eer,
+        "eer_bound": found.eer_bound,
+        "fmr1000": found.fmr1000,
+    }
+
+
+def time_bootstrap() -> dict[str, Any]:
+    """Seconds of a subset's resamples; larger sets than it have SUBSETS of them."""
+    images = faces(range(MOST_IDENTITIES))
+    embeddings = images.embeddings.reshape(MOST_IDENTITIES, EACH, WIDTH)
+    valid = np.ones(embeddings.shape[:2], bool)
+    seconds = best_seconds(
+        lambda: bootstrap(lambda some: (embeddings[some], valid[some]), valid.shape, DRAWS, 0), 1
+    )
+    return {"draws": DRAWS, "subsets": SUBSETS, "seconds_a_subset": seconds}
+
+
+def main() -> int:
+    """Run and print everything; write `results/scores.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--images", type=int, default=50_000, help="of the set that is counted whole")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["whole"] = run_all(arguments.images)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results["memory"] = {
+        "planned_bytes_of_a_band": band_bytes(BAND_IMAGES, WIDTH),
+        "process_peak_bytes_before": before,
+        "process_peak_bytes": peak,
+    }
+    results["slice"] = time_slice()
+    results["bootstrap"] = time_bootstrap()
+    verdicts = {
+        f"{IMAGES:,} embeddings on {WORKERS} cores in {MINUTES} minutes": results["slice"]["minutes_for_all"]
+        <= MINUTES,
+        f"{WORKERS} workers in {MEMORY >> 30} GB": WORKERS * peak <= MEMORY,
+        "EER within 1e-5 of that of single scores": results["whole"]["eer_bound"] <= 1e-5,
+    }
+    results["targets"] = verdicts
+    for section in ("whole", "memory", "slice", "bootstrap"):
+        print(section, *(f"  {name}: {value:,.6g}" for name, value in results[section].items()), sep="\n")
+    print(*(f"{'met' if met else 'MISSED'}: {target}" for target, met in verdicts.items()), sep="\n")
+    print(f"written to {write_results('scores', results)}")
+    return 0 if all(verdicts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
