@@ -6,6 +6,7 @@ waits for them all; running the same build again after any interruption is there
 
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, cast
 
 from prefect import flow
@@ -14,23 +15,29 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from rich.console import Console
 
+from flows.approval import approve_in_prefect
 from flows.progress import Meter, show_progress
-from flows.results import figures_of, publish, record_run, report_of, seconds_of, write_page
+from flows.results import (
+    figures_of,
+    publish,
+    record_run,
+    recorded_energy,
+    report_of,
+    seconds_of,
+    write_page,
+)
+from flows.rounds import GROUPS, chunk_size
+from flows.words import count_text
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, PlaceError
 from negfacediff_core.stages import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
-from negfacediff_core.store.records import pending
+from negfacediff_core.store.records import committed, pending
 from negfacediff_core.store.shards import prepare
-from tasks.chunks import Crew, Failure, Line, run_chunk
+from tasks.chunks import Crew, Failure, Line, run_chunk, size_of
+from tasks.energy import measured
 from tasks.executors import check_available, open_pool
 
-# Stages of one group run unit by unit, one behind the other; a group starts when the one before is complete.
-GROUPS = (("contexts",), ("negatives",), ("samples", "aligned", "embeddings"), ("evaluation",))
-# A round of a group is at most this many Prefect task runs, so that a build stays under about 500 of them.
-CHUNKS = 80
-# Units a chunk has at least for each worker, so that starting chunks costs nothing that matters.
-UNITS_PER_WORKER = 4
 # Two chunks overlap: while one waits for its last units, the other keeps the workers busy.
 CHUNKS_AT_ONCE = 2
 # Failed units that an error names; the rest are counted.
@@ -54,14 +61,20 @@ def build_dataset(
     Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` that work on its
     units took, in this run or others.
     """
-    check_available(execution)
+    check_available(execution, build.samples.precision)
     specs = stages_of(build, store)
+    if execution.approve_above_hours:
+        approve_in_prefect(build, store, execution)
     for spec in specs.values():
         prepare(spec)
-    record_run(build, specs, store)
-    _run_stages(specs, execution, f"Building {build.name} in {store}")
+    # only images that are all made here, in one go, tell what they took
+    whole = "://" not in execution.executor and not committed(specs["samples"])
+    joules = None if whole else recorded_energy(build, specs, store)
+    record_run(build, specs, store, joules=joules)
+    with measured() as energy:
+        _run_stages(specs, execution, f"Building {build.name} in {store}")
     seconds = seconds_of(specs.values())
-    record_run(build, specs, store, seconds)
+    record_run(build, specs, store, seconds, energy.joules if whole else joules)
     figures = figures_of(build.name, specs)
     report = report_of(f"Dataset {build.name}", [figures], specs, seconds)
     publish(build.name, report, write_page(specs, report))
@@ -80,9 +93,12 @@ def stages_of(build: BuildConfig, store: str) -> dict[str, StageSpec]:
 
 def _run_stages(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str) -> None:
     """Bring every stage to its end, with progress on the console; starts no workers where nothing is left."""
-    meters = [meter_of(spec) for spec in specs.values()]
+    by_stage = {name: meter_of(spec) for name, spec in specs.items()}
+    meters = list(by_stage.values())
     if all(meter.complete for meter in meters):
         return
+    for before, stage in chain.from_iterable(map(pairwise, GROUPS)):
+        by_stage[stage].follows = by_stage[before]
     stop = threading.Event()
     with (
         open_pool(execution) as pool,
@@ -133,7 +149,7 @@ def pending_lines(specs: Sequence[StageSpec]) -> list[Line]:
 
 
 def _run_round(lines: Sequence[Line], attempt: int, crew: Crew) -> list[Failure]:
-    size = max(UNITS_PER_WORKER * crew.pool.workers, -(-len(lines) // CHUNKS))
+    size = chunk_size(len(lines), crew.pool.workers)
     chunks = [lines[start : start + size] for start in range(0, len(lines), size)]
     stages = "+".join(dict.fromkeys(spec.name for line in lines for spec in line.specs))
     futures = [
@@ -161,18 +177,15 @@ def _describe_failures(failures: Sequence[Failure], left: int, rounds: int) -> s
     named = "; ".join(f"{one.error.rstrip('.')} (log {one.log})" for one in failures[:NAMED])
     more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
     return (
-        f"{left} units are not done after {rounds} rounds: {named or 'they ran, but left no record'}{more}. "
+        f"{count_text(left, 'unit')} {'is' if left == 1 else 'are'} not done after "
+        f"{count_text(rounds, 'round')}: {named or 'they ran, but left no record'}{more}. "
         "Mend the cause and run the same command again: what is committed stays."
     )
 
 
 def meter_of(spec: StageSpec) -> Meter:
-    """Return the progress meter of a stage: rows of its extent, and those committed already."""
-    left = sum(_rows(spec, unit) for unit in pending(spec))
-    total = sum(_rows(spec, unit) for unit in spec.grid.units())
+    """Return the progress meter of a stage: what its extent covers, and what of that is committed already."""
+    left = sum(size_of(spec, unit) for unit in pending(spec))
+    total = sum(size_of(spec, unit) for unit in spec.grid.units())
     noun = "images" if spec.per_replicate else "identities"
     return Meter(spec.name, noun, total, before=total - left)
-
-
-def _rows(spec: StageSpec, unit: Unit) -> int:
-    return len(spec.grid.identities_of(unit)) * len(spec.grid.replicates_of(unit))

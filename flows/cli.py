@@ -9,24 +9,21 @@ from rich.table import Table
 
 from flows.command import (
     DEFAULTS,
-    BatchSize,
-    Device,
-    Executor,
-    Retries,
-    Threads,
     Verbose,
-    Workers,
     build_in,
     check,
-    execution_of,
     print_figures,
     print_places,
     show_log,
+    with_execution,
 )
 from flows.contexts import contexts
+from flows.leakage import leakage
 from flows.pack import app as pack_app
+from flows.plan import plan
 from flows.store import COMMANDS
 from flows.weights import app as weights_app
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError
 
 BAD_INPUT, BUILD_FAILED = 2, 1
@@ -49,6 +46,7 @@ app = typer.Typer(
     "negfacediff build demo --set name=mine --set samples.w=0.3 --set negatives.rule=close\n\n"
     "negfacediff build my.yaml --store s3://bucket/faces --executor tcp://scheduler:8786"
 )
+@with_execution()
 def build(
     preset: Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")],
     store: Annotated[
@@ -64,12 +62,8 @@ def build(
             "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
         ),
     ] = None,
-    executor: Executor = DEFAULTS.executor,
-    workers: Workers = DEFAULTS.workers,
-    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    device: Device = DEFAULTS.device,
-    retries: Retries = DEFAULTS.retries,
+    execution: ExecutionConfig = DEFAULTS,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Approve it, however long it takes.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Build a dataset, or finish one: contexts, negatives, samples, aligned crops, embeddings, evaluation.
@@ -80,19 +74,16 @@ def build(
     from flows.presets import load_build
 
     config = load_build(preset, set_ or [])
-    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
+    if yes:
+        execution = execution.model_copy(update={"approve_above_hours": 0.0})
     build_in(store, config, execution, verbose)
 
 
 @app.command(epilog="Example: negfacediff demo --out demo --executor dask")
+@with_execution("approve_above_hours")
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the store, the report and the pictures.")] = "demo",
-    executor: Executor = DEFAULTS.executor,
-    workers: Workers = DEFAULTS.workers,
-    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    device: Device = DEFAULTS.device,
-    retries: Retries = DEFAULTS.retries,
+    execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
     """Build two small datasets from the same contexts and noise, w = 0 and w = 0.5, and compare them.
@@ -101,7 +92,6 @@ def demo(
     """
     from flows.presets import demo_builds, demo_store
 
-    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
     check(demo_builds(), demo_store(out), execution)
     show_log(verbose)
     from flows.demo import demo as demo_flow
@@ -112,7 +102,7 @@ def demo(
     print_places(
         report=f"{out}/report.html",
         figures=f"{out}/report.json",
-        pictures=f"{out}/histogram.png, {out}/contact_sheet.png",
+        pictures=f"{out}/histogram.png, {out}/det.png, {out}/contact_sheet.png",
     )
 
 
@@ -177,8 +167,69 @@ def fields() -> None:
     Console().print(table)
 
 
+@app.command(epilog="Example: negfacediff compare demo/store demo-none demo-far --out comparison")
+def compare(
+    store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a store.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Finished runs; the first is what the others differ from.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the report and the pictures.")] = "comparison",
+    verbose: Verbose = False,
+) -> None:
+    """Show finished runs side by side: figures and their differences, score histograms, DET curves, images.
+
+    Where runs share contexts, the same place of each contact sheet is the same identity and noise.
+    """
+    from negfacediff_core.store.status import check_store
+
+    check_store(store)
+    show_log(verbose)
+    from flows.compare import compare as compare_flow
+    from flows.compare import read_datasets
+    from flows.launch import launch
+
+    read_datasets(store, runs)
+    report = launch(compare_flow, store=store, runs=runs, out=out)
+    print_figures(report["datasets"])
+    print_places(report=f"{out}/report.html", figures=f"{out}/report.json", pictures=f"{out}/*.png, *.svg")
+
+
+@app.command(epilog="Example: negfacediff sweep steps --store sweeps --out sweeps/steps --workers 2")
+@with_execution("approve_above_hours")
+def sweep(
+    name: Annotated[str, typer.Argument(help="A sweep (steps, ablation) or a YAML file.")],
+    store: Annotated[str, typer.Option(help="Folder or fsspec URL that the builds are kept in.")] = "store",
+    out: Annotated[str, typer.Option(help="Folder for the table, the plot and the figures.")] = "sweep",
+    execution: ExecutionConfig = DEFAULTS,
+    verbose: Verbose = False,
+) -> None:
+    """Build one dataset a setting and seed, and set their figures against each other.
+
+    Running the same command again goes on where it stopped; figures are written to the folder as they come.
+    """
+    from flows.sweep import cases, load_sweep
+
+    described = load_sweep(name)
+    check([case.build for case in cases(described)], store, execution)
+    show_log(verbose)
+    from flows.launch import launch
+    from flows.sweep import run_sweep
+
+    launch(run_sweep, sweep=described, store=store, out=out, execution=execution)
+    print_places(table=f"{out}/table.md", plot=f"{out}/plot.svg", figures=f"{out}/rows.json")
+
+
 # Behind the commands above, which people need first.
+app.command(
+    epilog="Examples:\n\nnegfacediff plan demo --store out\n\n"
+    "negfacediff plan negfacediff --set samples.precision=bf16 --device h100"
+)(plan)
 app.command(epilog="Example: negfacediff contexts demo/store")(contexts)
+app.command(
+    epilog="Examples:\n\nnegfacediff leakage out demo --gallery training_images --dry-run\n\n"
+    "negfacediff leakage out demo --gallery training_images --recogniser packs/one --recogniser packs/two "
+    "--policy drop"
+)(leakage)
 for _name, _command in COMMANDS.items():
     app.command(_name, epilog=_command.epilog)(_command.run)
 app.add_typer(weights_app, name="weights")

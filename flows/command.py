@@ -1,7 +1,9 @@
 """What the commands that build have in common: options, checks before, and what they print after."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import Parameter, signature
 from typing import Annotated, Any
 
 import typer
@@ -12,37 +14,45 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig
 
 DEFAULTS = ExecutionConfig()
 
-Executor = Annotated[
-    str,
-    typer.Option(
-        help="Where units run: threads (of this process), dask (local processes), cuda (a process a GPU), or "
-        "the address of a Dask scheduler, tcp://host:8786."
-    ),
-]
-Workers = Annotated[int, typer.Option(help="Workers; 0 is one a core or GPU.")]
-Threads = Annotated[int, typer.Option(help="CPU threads of each worker.")]
-BatchSize = Annotated[int, typer.Option(help="Images a batch; 0 fits the device.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Retries = Annotated[int, typer.Option(help="Further rounds over units that failed.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 
 
-def execution_of(
-    executor: str, workers: int, threads_per_worker: int, batch_size: int, device: str, retries: int
-) -> ExecutionConfig:
-    """Return how a build is to be run; ConfigError for an impossible value."""
-    from flows.presets import check_execution
+def with_execution(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of `ExecutionConfig` but those `left_out`.
 
-    return check_execution(
-        {
-            "executor": executor,
-            "workers": workers,
-            "threads_per_worker": threads_per_worker,
-            "batch_size": batch_size,
-            "device": device,
-            "retries": retries,
-        }
-    )
+    The options stand where the command's parameter `execution` does, which gets them checked; a ConfigError
+    names an impossible value before the command begins.
+    """
+    fields = {name: field for name, field in ExecutionConfig.model_fields.items() if name not in left_out}
+    options = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+        )
+        for name, field in fields.items()
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(**given: Any) -> None:
+            from flows.presets import check_execution
+
+            execution = check_execution({name: given.pop(name) for name in fields})
+            command(**given, execution=execution)
+
+        seen = signature(command, eval_str=True)
+        parameters: list[Parameter] = []
+        for parameter in seen.parameters.values():
+            parameters += (
+                options if parameter.name == "execution" else [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
+            )
+        # what typer reads
+        with_options.__signature__ = seen.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
 
 
 def check(builds: Sequence[BuildConfig], store: str, execution: ExecutionConfig) -> None:
@@ -50,7 +60,7 @@ def check(builds: Sequence[BuildConfig], store: str, execution: ExecutionConfig)
     from negfacediff_core.stages import plan_build
     from tasks.executors import check_available
 
-    check_available(execution)
+    check_available(execution, *(one.samples.precision for one in builds))
     for one in builds:
         plan_build(one, store)
 
@@ -65,6 +75,12 @@ def build_in(store: str, config: BuildConfig, execution: ExecutionConfig, verbos
     """Check a build, run it to its end, and print its figures and where they lie."""
     check([config], store, execution)
     show_log(verbose)
+    if execution.approve_above_hours:
+        from flows.approval import approve_in_terminal
+
+        approve_in_terminal(config, store, execution)
+        # asked here, and so not once more in Prefect
+        execution = execution.model_copy(update={"approve_above_hours": 0.0})
     from flows.build import build_dataset
     from flows.launch import launch
 

@@ -57,7 +57,11 @@ def cases(pack: Path, seeds: Sequence[int] = SEEDS) -> Iterator[Case]:
                         "precision": PRECISION,
                     },
                     "aligned": {**demo["aligned"], "detector": str(pack / "faces")},
-                    "embeddings": {**demo["embeddings"], "judge": str(pack / "judge")},
+                    "embeddings": {
+                        **demo["embeddings"],
+                        "judge": str(pack / "judge"),
+                        "recogniser": str(pack / "faces"),
+                    },
                 }
                 yield Case(source, rule, seed, check_build(values, "the evaluation of the pack"))
 

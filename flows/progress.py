@@ -19,7 +19,8 @@ QUIET = 10.0
 class Meter:
     """Work of one stage: `total` things of a `noun`, `before` of them done by earlier runs, `done` in this.
 
-    Only this run's work counts for the rate, from the moment when its first unit was handed out.
+    Only this run's work counts for the rate, from the moment when its first unit was handed out. A stage that
+    `follows` another takes its units one by one as that has made them.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Meter:
     total: int
     before: int = 0
     done: int = 0
+    follows: "Meter | None" = None
     started: float | None = None
     clock: Callable[[], float] = time.monotonic
     finished: float | None = None
@@ -62,8 +64,15 @@ class Meter:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that the rest takes at this rate; None while that is unknown."""
-        return (self.total - self.position) / self.rate if self.rate else None
+        """Seconds that the rest takes at this rate, but no less than the stage that it follows takes.
+
+        None while one of them is unknown: this stage may have been quick with what an earlier run has left.
+        """
+        own = (self.total - self.position) / self.rate if self.rate else None
+        if self.follows is None or self.follows.complete:
+            return own
+        before = self.follows.seconds_left
+        return None if own is None or before is None else max(own, before)
 
     def describe(self) -> str:
         """Return rate and time left in words: `18.2 images/s, 0:42 left`."""
@@ -72,7 +81,9 @@ class Meter:
         if self.rate is None:
             return "waiting" if self.started is None else "running"
         rate = f"{self.rate:,.1f} {self.noun}/s"
-        return f"{rate}, done" if self.complete else f"{rate}, {clock_text(self.seconds_left or 0.0)} left"
+        if self.complete:
+            return f"{rate}, done"
+        return rate if self.seconds_left is None else f"{rate}, {clock_text(self.seconds_left)} left"
 
 
 def clock_text(seconds: float) -> str:

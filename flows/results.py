@@ -16,39 +16,58 @@ from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.stages.models import PROJECT
 from negfacediff_core.store.layout import StageSpec, Weight
 from negfacediff_core.store.records import read_record, records
-from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.runs import read_run, write_run
 from negfacediff_core.store.shards import read_file
 from negfacediff_core.store.status import rate, seconds_worked
 from negfacediff_core.weights import licence_of
 from tasks.executors import installed_versions
 
-# Those that an evaluation may hold: without two comparable images there is no histogram.
-PICTURES = ("histogram", "contact_sheet")
+PICTURES = (".png", ".svg")
 
 
 def record_run(
-    build: BuildConfig, specs: Mapping[str, StageSpec], store: str, seconds: float | None = None
+    build: BuildConfig,
+    specs: Mapping[str, StageSpec],
+    store: str,
+    seconds: float | None = None,
+    joules: float | None = None,
 ) -> None:
-    """Write `runs/<name>.json`: what the name stands for. `seconds` is None until the build is complete."""
+    """Write `runs/<name>.json`: what the name stands for.
+
+    `seconds` is None until the build is complete; `joules` is what the machine used meanwhile, None where
+    that is not known.
+    """
     write_run(
         store,
         build.name,
         {
             "config": _settled(build, specs),
-            "stages": {
-                name: {
-                    "fingerprint": spec.fingerprint,
-                    "identities": spec.grid.identities,
-                    "replicates": spec.grid.replicates,
-                }
-                for name, spec in specs.items()
-            },
+            "stages": _places(specs),
             "licences": licences_of(specs),
             "versions": installed_versions(),
             "seconds": seconds,
+            "joules": joules,
             "timings": {name: _timings(spec) for name, spec in specs.items()},
         },
     )
+
+
+def recorded_energy(build: BuildConfig, specs: Mapping[str, StageSpec], store: str) -> float | None:
+    """Return the joules in the record of a build that has been made already; None if it says nothing."""
+    run = read_run(store, build.name)
+    return run.get("joules") if run and run["stages"] == _places(specs) else None
+
+
+def _places(specs: Mapping[str, StageSpec]) -> dict[str, dict[str, Any]]:
+    """Where the stages of a run lie, and how much of them is its own."""
+    return {
+        name: {
+            "fingerprint": spec.fingerprint,
+            "identities": spec.grid.identities,
+            "replicates": spec.grid.replicates,
+        }
+        for name, spec in specs.items()
+    }
 
 
 def _settled(build: BuildConfig, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
@@ -107,16 +126,18 @@ def _timings(spec: StageSpec) -> dict[str, float]:
     return {phase: round(seconds, 3) for phase, seconds in totals.items()}
 
 
-def figures_of(name: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
-    """Return a built dataset's settings and figures as in `report.json`, with the rate of its sampling."""
+def figures_of(run: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
+    """Return a built dataset's settings and figures as in `report.json`, with what it took to make it."""
     evaluation = specs["evaluation"]
     figures = json.loads(read_file(evaluation, evaluation.grid.units()[0], "report.json"))
     lineage = {stage: spec.fingerprint for stage, spec in specs.items()}
+    joules = (read_run(evaluation.store, run) or {}).get("joules")
     return {
-        "name": name,
+        "name": run,
         **figures,
         "settings": _settings(specs),
         "images_per_second": rate(records(specs["samples"])),
+        **({} if joules is None else {"watt_hours": joules / 3600}),
         "lineage": lineage,
     }
 
@@ -126,7 +147,7 @@ def _settings(specs: Mapping[str, StageSpec]) -> dict[str, Any]:
     contexts, negatives, samples = (specs[name].config for name in ("contexts", "negatives", "samples"))
     shown = {"contexts": contexts["source"], "images of each": specs["samples"].grid.replicates}
     if negatives.get("pool"):
-        shown |= {"pool": negatives["pool"], "negatives of each": negatives["count"]}
+        shown |= {"pool": negatives["pool"], "negatives of each": negatives.get("count", 1)}
     return shown | {name: value for name, value in samples.items() if name not in SETTINGS}
 
 
@@ -146,13 +167,11 @@ def report_of(
 
 
 def write_page(specs: Mapping[str, StageSpec], report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Write `report.html` beside the evaluation; return its pictures by name."""
+    """Write `report.html` beside the evaluation; return its pictures by file name."""
     evaluation = specs["evaluation"]
     unit = evaluation.grid.units()[0]
-    files = read_record(evaluation, unit).sha256
-    pictures = {
-        name: read_file(evaluation, unit, f"{name}.png") for name in PICTURES if f"{name}.png" in files
-    }
+    names = [name for name in read_record(evaluation, unit).sha256 if name.endswith(PICTURES)]
+    pictures = {name: read_file(evaluation, unit, name) for name in names}
     evaluation.location.write_atomic("report.html", render_report(report, pictures).encode())
     return pictures
 
@@ -165,7 +184,9 @@ def publish(name: str, report: Mapping[str, Any], pictures: Mapping[str, bytes])
         f"| {title} |" + "".join(f" {cell} |" for cell in cells) for title, *cells in figure_rows(datasets)
     ]
     images = [
-        f"![{key}](data:image/png;base64,{base64.b64encode(png).decode()})" for key, png in pictures.items()
+        f"![{name}](data:image/png;base64,{base64.b64encode(content).decode()})"
+        for name, content in pictures.items()
+        if name.endswith(".png")
     ]
     create_markdown_artifact(
         "\n".join([head, "|---" * (len(datasets) + 1) + "|", *rows, "", *images]),

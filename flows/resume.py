@@ -5,19 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.command import (
-    DEFAULTS,
-    BatchSize,
-    Device,
-    Executor,
-    Retries,
-    Threads,
-    Verbose,
-    Workers,
-    build_in,
-    execution_of,
-)
+from flows.command import DEFAULTS, Verbose, build_in, with_execution
 from flows.words import command_text, count_text, names_text
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import StoreError
 
 if TYPE_CHECKING:
@@ -30,21 +20,16 @@ Run = Annotated[
 ]
 
 
+@with_execution("approve_above_hours")
 def resume(
     store: Store,
     run: Run = None,
-    executor: Executor = DEFAULTS.executor,
-    workers: Workers = DEFAULTS.workers,
-    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    device: Device = DEFAULTS.device,
-    retries: Retries = DEFAULTS.retries,
+    execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
     """Go on with a build that was interrupted, as its run record says; what is committed stays."""
     from negfacediff_core.store.status import check_store, unfinished
 
-    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
     check_store(store)
     if run is None:
         open_runs = unfinished(store)
@@ -58,15 +43,11 @@ def resume(
     build_in(store, build, execution, verbose)
 
 
+@with_execution("approve_above_hours")
 def retry_failed(
     store: Store,
     run: Run = None,
-    executor: Executor = DEFAULTS.executor,
-    workers: Workers = DEFAULTS.workers,
-    threads_per_worker: Threads = DEFAULTS.threads_per_worker,
-    batch_size: BatchSize = DEFAULTS.batch_size,
-    device: Device = DEFAULTS.device,
-    retries: Retries = DEFAULTS.retries,
+    execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
     """Make the units of a run again that have failed rows, and what was made from them, and finish the run.
@@ -78,7 +59,6 @@ def retry_failed(
     from negfacediff_core.store.status import check_store, unfinished
     from tasks.executors import check_available
 
-    execution = execution_of(executor, workers, threads_per_worker, batch_size, device, retries)
     check_store(store)
     names = sorted(read_runs(store)) if run is None else [run]
     failed = {name: stages for name in names if (stages := failed_units(store, name))}
@@ -90,7 +70,7 @@ def retry_failed(
         counted = {name: f"has {_rows_text(stages)}" for name, stages in failed.items()}
         run = _only("retry-failed", store, counted)
     build = build_of(store, run)
-    check_available(execution)
+    check_available(execution, build.samples.precision)
     check_same(build, store, run)
     retried = failed.get(run, {})
     derived = forget_units(store, {path: set(counts) for path, counts in retried.items()})

@@ -203,7 +203,7 @@ def _print_mended(done: "Repair") -> None:
         Kind.STAGE: "the next build of a run that names it writes it again; if none does, remove its folder",
         Kind.UNREADABLE: "it was left as it is; mend what keeps it from being read",
         Kind.UNIT: "it waits until every stage.json is back",
-        Kind.ARRAYS: "they wait until every stage.json is back",
+        Kind.ARRAYS: "it waits until everything else that describes its stage can be read",
     }
     for finding in done.left:
         print(f"Not mended: {finding.path}: {advice[finding.kind]}")

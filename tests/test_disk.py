@@ -185,7 +185,7 @@ def test_a_log_that_cannot_be_written_hides_no_failure_and_stops_no_other(tmp_pa
             raise ValueError("the real cause")
         return commit(spec, unit)
 
-    with pytest.raises(BuildError, match=r"1 units .*the real cause \(log none: cannot write .*logs"):
+    with pytest.raises(BuildError, match=r"1 unit is .*the real cause \(log none: cannot write .*logs"):
         build(spec, run_unit, monkeypatch)
     assert records.pending(spec) == [Unit(3, 0)]
 

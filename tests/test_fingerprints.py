@@ -11,6 +11,7 @@ import torch
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from context_material import save_generator_with_empty_context, save_pack, save_pictures
+from face_networks import save_linear
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -80,8 +81,14 @@ FIELDS = {
     "aligned__template": ("legacy", "aligned", {}),
     "embeddings__judge": ("OTHER", "embeddings", {}),
     "embeddings__flip": (True, "embeddings", {}),
+    "embeddings__recogniser": ("OTHER", "embeddings", {"embeddings__recogniser": "FILE"}),
+    "embeddings__band_low": (0.1, "embeddings", {"embeddings__recogniser": "FILE"}),
+    "embeddings__band_high": (0.5, "embeddings", {"embeddings__recogniser": "FILE"}),
+    "embeddings__quality": ("OTHER", "embeddings", {"embeddings__quality": "FILE"}),
+    "embeddings__attributes": ("OTHER", "embeddings", {"embeddings__attributes": "FILE"}),
     "evaluation__protocol": ("paper", "evaluation", {}),
     "evaluation__bootstrap": (11, "evaluation", {}),
+    "evaluation__match_cosine": (0.3, "evaluation", {}),
     "evaluation__seed": (1, "evaluation", {}),
 }
 
@@ -119,7 +126,10 @@ def others(tiny_pack, tmp_path_factory):
     for number, (name, pack) in enumerate({"FILE": tiny_pack, "OTHER": folder / "pack"}.items()):
         place = folder / name
         save_pictures(place / "folder", range(7 + number))
-        save_pack(place / "recogniser", pack)
+        recogniser = save_pack(place / "recogniser", pack) / "recogniser.onnx"
+        recogniser.write_bytes(recogniser.read_bytes() + bytes([0xF8, 0x3F, 2]))  # not the judge's file
+        for network in ("quality", "attributes"):
+            save_linear(place / f"{network}.onnx", 1 + (network == "attributes"), seed=number)
         save_generator_with_empty_context(place / "generator", pack, value=number)
         np.savez(place / "file", contexts=rng.standard_normal((9, 16)).astype(np.float32))
     return folder
@@ -220,6 +230,7 @@ EXECUTION = {
     "threads_per_worker": 2,
     "batch_size": 1,
     "device": "cpu",
+    "acceleration": "eager",
     "retries": 0,
 }
 
@@ -345,6 +356,9 @@ PATHS = {
     "samples__generator": {},
     "aligned__detector": {},
     "embeddings__judge": {},
+    "embeddings__recogniser": {"embeddings__recogniser": "FILE"},
+    "embeddings__quality": {"embeddings__quality": "FILE"},
+    "embeddings__attributes": {"embeddings__attributes": "FILE"},
 }
 
 

@@ -64,7 +64,7 @@ def test_a_build_runs_every_unit_once_and_a_second_time_none(tiny_build, tmp_pat
     result = build_dataset(tiny_build, THREADS, str(tmp_path))
     assert len(calls) == UNITS
     assert set(calls.values()) == {1}
-    assert [stage.pending for stage in status(str(tmp_path))] == [0] * 6
+    assert [stage.pending for stage in status(str(tmp_path))] == [0] * 7
 
     page = Path(result["stages"]["evaluation"], "report.html").read_text()
     assert "<html" in page and "data:image/png;base64," in page
@@ -122,7 +122,7 @@ def test_a_unit_that_always_fails_is_named_with_its_log_stops_no_other_and_fails
         main(["build", str(preset), "--store", str(tmp_path), *options])
     assert stop.value.code == BUILD_FAILED
     said = capsys.readouterr().err
-    assert "Error: 1 units are not done after 2 rounds: samples 00001-000: OSError: a lasting trouble" in said
+    assert "Error: 1 unit is not done after 2 rounds: samples 00001-000: OSError: a lasting trouble" in said
     assert calls["samples", "00001-000"] == 2
     log = said.split("(log ")[1].split(")")[0]
     assert "a lasting trouble" in Path(log).read_text()

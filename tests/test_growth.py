@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_stage import commit, make_spec
 from stage_builds import changed, make, planned
+from stored_files import results
 
 from flows.build import GROUPS, pending_lines
 from negfacediff_core.config import ExecutionConfig
@@ -26,16 +27,6 @@ from negfacediff_core.store.records import pending
 from negfacediff_core.store.status import status
 from tasks.chunks import Crew, drive
 from tasks.executors import open_pool
-
-
-def content(store, stages="*"):
-    """Every file that holds results, by path; not records, which hold times, nor locks."""
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in Path(store).glob(f"{stages}/*/**/*")
-        if path.is_file() and not path.name.startswith(".") and path.parent.name not in ("done", "logs")
-    }
-
 
 # --- the store
 
@@ -64,7 +55,7 @@ def test_any_growth_makes_each_unit_once_and_ends_as_one_build(extents, blocks, 
     for unit in pending(at_once):
         commit(at_once, unit)
     assert made == Counter(at_once.grid.units())
-    assert content(store / "grown") == content(store / "at once")
+    assert results(store / "grown") == results(store / "at once")
     shutil.rmtree(store)
 
 
@@ -73,7 +64,7 @@ def test_any_growth_makes_each_unit_once_and_ends_as_one_build(extents, blocks, 
 
 def assert_grown_is(grown, at_once):
     """All that one build makes is there, byte for byte; the rest are the evaluations of smaller datasets."""
-    found, wanted = content(grown), content(at_once)
+    found, wanted = results(grown), results(at_once)
     assert [path for path in wanted if found.get(path) != wanted[path]] == []
     assert {path.split("/")[0] for path in found.keys() - wanted.keys()} <= {"evaluation"}
 
@@ -166,13 +157,13 @@ def test_a_pool_that_is_not_known_any_more_is_asked_for(tiny_build, tmp_path):
 
 def test_fewer_are_a_part_of_what_is_there(tiny_build, tmp_path, sampled):
     whole = make(tiny_build, tmp_path)
-    kept, images = content(tmp_path), sum(sampled.values())
+    kept, images = results(tmp_path), sum(sampled.values())
     part = make(changed(tiny_build, identities=3, images=1), tmp_path)
     assert sum(sampled.values()) == images
     assert [part[name].fingerprint for name in ("samples", "embeddings")] == [
         whole[name].fingerprint for name in ("samples", "embeddings")
     ]
-    now = content(tmp_path)
+    now = results(tmp_path)
     assert {path: now[path] for path in kept} == kept
     again = planned(tiny_build, tmp_path)
     assert all(pending(spec) == [] for spec in again.values())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import save_tiny_generator
+from face_networks import save_recogniser
 
 from flows import presets
 from negfacediff_core.config import ExecutionConfig
@@ -31,6 +32,8 @@ def test_every_preset_makes_its_images(name, release, tiny_pack, tmp_path):
         "aligned.detector": tiny_pack / "faces",
         "embeddings.judge": tiny_pack / "judge",
     }
+    if values["embeddings"].get("recogniser"):
+        tiny["embeddings.recogniser"] = save_recogniser(tmp_path / "recogniser", tiny_pack)
     if values["negatives"].get("pool"):
         tiny["negatives.pool"] = 3
     if values["contexts"]["source"] == "file":

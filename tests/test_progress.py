@@ -29,6 +29,27 @@ def test_rate_and_time_left_count_this_runs_work_from_its_first_unit():
     assert meter.describe() == "2.0 images/s, 0:20 left"
 
 
+def test_a_stage_that_follows_another_is_not_done_before_it():
+    """Aligning takes a second where sampling takes a minute: most of its time left is spent waiting."""
+    clock = Clock()
+    sampled = Meter("samples", "images", total=10, clock=clock)
+    aligned = Meter("aligned", "images", total=10, before=2, follows=sampled, clock=clock)
+    sampled.start()
+    aligned.start()
+    clock.now += 1
+    aligned.advance(1)  # of what an earlier run has sampled: how long sampling takes is not known yet
+    assert aligned.seconds_left is None
+    assert aligned.describe() == "1.0 images/s"
+    clock.now += 59
+    sampled.advance(1)
+    clock.now += 1
+    aligned.advance(1)
+    assert aligned.seconds_left == pytest.approx(sampled.seconds_left) == pytest.approx(9 * 61)
+    assert aligned.describe().endswith("9:09 left")
+    sampled.advance(9)
+    assert aligned.seconds_left == pytest.approx(6 * 61 / 2)
+
+
 def test_the_rate_stands_when_the_stage_is_done():
     clock = Clock()
     meter = Meter("samples", "images", total=10, clock=clock)

@@ -3,6 +3,7 @@
 import io
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -10,16 +11,11 @@ import pytest
 from PIL import Image
 
 from negfacediff_core.errors import NegFaceDiffError
-from negfacediff_core.evaluation.figures import FIGURES, check_report
-from negfacediff_core.evaluation.plots import (
-    COLOURS,
-    ScorePanel,
-    SheetPanel,
-    contact_sheet,
-    score_histogram,
-)
+from negfacediff_core.evaluation.figures import FIGURES, GROUPS, check_report
+from negfacediff_core.evaluation.plots import COLOURS, ScorePanel, det_curves, score_histogram
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.evaluation.scores import Distribution
+from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -64,18 +60,40 @@ def test_histogram_of_streamed_scores_is_that_of_the_list():
     )
 
 
-def test_pictures_leave_pyplot_and_its_settings_alone():
+def test_det_curves_of_better_sets_lie_lower():
+    picture = decode(det_curves([panel("worse", 0.1), panel("better", 0.2)]))[150:]
+    worse, better = ({column: row for row, column in pixels_of(picture, colour)} for colour in COLOURS[:2])
+    shared = worse.keys() & better.keys()
+    assert len(shared) > 100
+    assert all(better[column] > worse[column] for column in shared)  # rows count downwards
+
+
+@pytest.mark.parametrize("plot", [score_histogram, det_curves])
+def test_an_svg_is_the_same_again_takes_the_ink_of_its_page_and_escapes_labels(plot):
+    evil = '<script>alert("x")</script>'
+    panels = [panel(evil, 0.4), panel("plain", 0.2)]
+    svg = plot(panels, "svg")
+    assert svg == plot(panels, "svg")
+    text = "".join(ElementTree.fromstring(svg).itertext())
+    assert evil in text and b"<script" not in svg
+    assert b"currentColor" in svg and b"var(--line" in svg
+    assert not re.search(rb'(xlink:href|src)="(?!#)', svg)
+
+
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_pictures_leave_pyplot_and_its_settings_alone(form):
     before = dict(matplotlib.rcParams)
-    score_histogram([panel("a", 0.4)])
+    score_histogram([panel("a", 0.4)], form)
     assert dict(matplotlib.rcParams) == before
     import sys
 
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 
-def test_histogram_refuses_more_datasets_than_colours():
+@pytest.mark.parametrize("plot", [score_histogram, det_curves])
+def test_plots_refuse_more_datasets_than_colours(plot):
     with pytest.raises(NegFaceDiffError, match="1 to 7 datasets, got 8"):
-        score_histogram([panel("a", 0.4)] * 8)
+        plot([panel("a", 0.4)] * 8)
 
 
 def images(seed, identities=3, replicates=4, side=64):
@@ -130,11 +148,19 @@ def test_images_without_a_face_are_framed_and_the_others_are_not():
     np.testing.assert_array_equal(block, original)
 
 
+def test_images_of_two_generators_are_shown_at_one_size():
+    small, large = images(2, side=64), images(3, side=96)
+    picture = decode(contact_sheet([SheetPanel("a", small), SheetPanel("b", large)]))
+    nearest = np.arange(96) * 64 // 96
+    row, _ = find(picture, large[1, 2])
+    assert find(picture, small[1, 2][nearest][:, nearest])[0] == row
+
+
 @pytest.mark.parametrize(
     "panels", [[], [SheetPanel("a", images(0)), SheetPanel("b", images(0, replicates=3))]]
 )
 def test_sheets_that_cannot_be_aligned_are_refused(panels):
-    with pytest.raises(NegFaceDiffError, match="equal shape"):
+    with pytest.raises(NegFaceDiffError, match="as many identities and replicates"):
         contact_sheet(panels)
 
 
@@ -193,13 +219,37 @@ def test_report_shows_figures_side_by_side_with_differences():
 
 def test_report_stands_alone_and_embeds_the_pictures():
     picture = contact_sheet([SheetPanel("a", images(0, 1, 1))])
-    page = render_report(report(), {"extra_plot": picture, "histogram": picture})
+    drawing = score_histogram([panel("a", 0.4)], "svg")
+    pictures = {"extra_plot.png": picture, "contact_sheet.png": picture, "histogram.png": picture}
+    page = render_report(report(), {**pictures, "histogram.svg": drawing})
     tags = Page(page).tags
+    assert [a["aria-label"] for tag, a in tags if tag == "svg"] == ["histogram"]
     pictures = [attributes for tag, attributes in tags if tag == "img"]
-    assert [attributes["alt"] for attributes in pictures] == ["histogram", "extra plot"]
+    assert [attributes["alt"] for attributes in pictures] == ["contact sheet", "extra plot"]
     assert all(attributes["src"].startswith("data:image/png;base64,iVBOR") for attributes in pictures)
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags}
-    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", page)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import""", page)
+    # a sheet is enlarged by a tick, which needs no script
+    assert sum(tag == "input" and a["type"] == "checkbox" for tag, a in tags) == len(pictures)
+
+
+def test_every_figure_says_what_it_means_when_pointed_at_and_in_the_glossary():
+    tags = Page(render_report(report(), {})).tags
+    shown = [figure for figure in FIGURES if not figure.optional]
+    links = {a["href"]: a["title"] for tag, a in tags if tag == "a"}
+    assert links == {f"#{figure.key}": figure.definition for figure in shown}
+    assert {a["id"] for tag, a in tags if tag == "dt"} == {figure.key for figure in shown}
+
+
+def test_figures_stand_under_the_names_of_their_groups():
+    page = Page(render_report(report(), {}))
+    shown = [group for group in GROUPS if any(f.group == group and not f.optional for f in FIGURES)]
+    assert [row[0] for row in page.rows if len(row) == 1] == shown
+    assert {figure.group for figure in FIGURES} <= set(GROUPS)
+
+
+def test_the_page_has_a_dark_form():
+    assert "prefers-color-scheme: dark" in render_report(report(), {})
 
 
 def test_report_escapes_text_from_outside():
@@ -213,7 +263,7 @@ def test_report_escapes_text_from_outside():
             versions={evil: evil},
             licences=[{"part": evil, "licence": evil, "source": evil}],
         ),
-        {evil: PNG},
+        {f"{evil}.png": PNG},
     )
     assert "<script" not in page and 'alert("x")' not in page
     assert "".join(Page(page).words).count(evil) >= 12

@@ -1,14 +1,13 @@
 """What the stages of a build make of each other, in any order, interrupted, grown or shared."""
 
-import hashlib
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from stage_builds import EXECUTION, changed, make, planned
+from stored_files import results
 
 from negfacediff_core.diffusion.engine import Samples, SamplingEngine
 from negfacediff_core.errors import BuildError, ContextsError, StoreError
@@ -23,15 +22,6 @@ from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.records import committed, pending
 from negfacediff_core.store.shards import read_file
-
-
-def results(store):
-    """Hash of every file that holds results; completion records hold times."""
-    return {
-        str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in Path(store).rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.parent.name != "done"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stage_builds import EXECUTION, changed
+from stored_files import results
 
 from flows import cli, resume
 from flows.results import record_run
@@ -62,15 +63,6 @@ def run(capsys, *arguments):
     return stop.value.code, " ".join((shown.out + shown.err).split())
 
 
-def content(store):
-    """Everything in a store that must not depend on when it was built."""
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in store.rglob("*")
-        if path.is_file() and not {"done", "runs", "logs"} & set(path.relative_to(store).parts)
-    }
-
-
 def stage_folder(store, name):
     return next((store / name).iterdir())
 
@@ -107,7 +99,7 @@ def test_damage_is_listed_repaired_and_made_again_as_it_was(store, built, capsys
 
     code, said = run(capsys, "resume", store)
     assert (code, made) == (0, [4])
-    assert content(store) == content(built)
+    assert results(store) == results(built)
     assert run(capsys, "verify", store)[0] == 0
 
 
@@ -119,7 +111,7 @@ def test_a_damaged_stage_json_is_written_again_by_resuming(stage, store, built, 
     assert f"negfacediff resume '{store}' tiny" in said
     assert run(capsys, "resume", store)[0] == 0
     assert made == [0], "committed units are kept"
-    assert content(store) == content(built)
+    assert results(store) == results(built)
     assert run(capsys, "verify", store)[0] == 0
 
 
@@ -142,7 +134,7 @@ def test_resume_builds_what_the_run_record_says(store, tiny_build, built, capsys
     assert code == 0 and "is complete" in said and made == []
     shutil.rmtree(stage_folder(store, "evaluation") / "done")
     assert run(capsys, "resume", store, "--device", "cpu")[0] == 0
-    assert made == [1] and content(store) == content(built)
+    assert made == [1] and results(store) == results(built)
     record = json.loads((store / "runs" / "tiny.json").read_text())
     assert record["config"]["negatives"]["pool"] == tiny_build.identities, "what was left open is recorded"
 
@@ -174,13 +166,13 @@ def test_retry_failed_makes_units_with_failed_rows_again(store, built, tiny_buil
     with monkeypatch.context() as patch:
         patch.setattr(SamplingEngine, "sample", failing)
         build(store, tiny_build)
-    assert content(store) != content(built)
+    assert results(store) != results(built)
     code, said = run(capsys, "retry-failed", store)
     assert code == 0
     # samples and crops, which knew of it; embeddings and evaluation were made from them
     assert "Pending again: 2 failed rows in 2 units, and 2 units made from them." in said
     assert made == [4]
-    assert content(store) == content(built)
+    assert results(store) == results(built)
 
 
 def test_logs_show_the_record_and_the_last_failure_of_a_unit(store, capsys):
@@ -209,14 +201,14 @@ def test_gc_lists_first_and_deletes_when_asked(store, built, tiny_build, capsys)
     (store / "runs" / "other.json").unlink()
     for path in [*store.rglob("*")]:
         os.utime(path, (time.time() - 7200,) * 2)
-    before = content(store)
+    before = results(store)
     code, said = run(capsys, "gc", store)
-    assert code == 0 and said.count("no run needs this stage") == 4
+    assert code == 0 and said.count("no run needs this stage") == 5
     assert f"negfacediff gc '{store}' --delete" in said and "Nothing was removed." in said
-    assert content(store) == before
+    assert results(store) == before
     code, said = run(capsys, "gc", store, "--delete")
     assert code == 0 and "Removed " in said
-    assert content(store) == content(built)
+    assert results(store) == results(built)
     assert run(capsys, "verify", store)[0] == 0
 
 
@@ -239,22 +231,22 @@ def test_a_store_keeps_its_blocks_when_a_stage_json_is_lost(tiny_build, tmp_path
     store = tmp_path / "store"
     build(store, tiny_build)
     build(store, changed(tiny_build, block_identities=3))
-    before = content(store)
+    before = results(store)
     (stage_folder(store, "samples") / "stage.json").write_text("{")
     assert run(capsys, "verify", store, "--repair")[0] == 1
     monkeypatch.setattr(resume, "build_in", lambda *what: made.append(build(*what)))
     made.clear()
     assert run(capsys, "resume", store, "tiny")[0] == 0
-    assert made == [0] and content(store) == before
+    assert made == [0] and results(store) == before
 
 
 def test_what_would_become_another_dataset_is_not_resumed(store, capsys, monkeypatch):
     monkeypatch.setattr("negfacediff_core.stages.samples.VERSION", 99)
-    before = content(store)
+    before = results(store)
     for command in ("resume", "retry-failed"):
         code, said = run(capsys, command, store, "tiny")
         assert code == 2 and "would not go on but begin anew from its samples" in said
-    assert made == [] and content(store) == before
+    assert made == [] and results(store) == before
 
 
 def test_nothing_is_forgotten_where_the_build_cannot_run(store, capsys):

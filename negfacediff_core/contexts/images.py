@@ -20,7 +20,7 @@ Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 #: (identities `(N,)`, replicates `(N,)`, seed) to `(N, H, W, 3)` uint8 RGB images, by a generator's noise.
 Generate = Callable[[NDArray[np.int64], NDArray[np.int64], int], NDArray[np.uint8]]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 #: Images that are tried for one context before the generator is given up.
 TRIES = 16
 # Files that an error names; the rest are counted.

@@ -27,7 +27,7 @@ def normalise(vectors: NDArray[Any]) -> Contexts:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def closest(contexts: Contexts) -> Closest:
+def closest(contexts: NDArray[np.floating]) -> Closest:
     """Find the nearest other context of each of `(N, W)` unit vectors, N >= 2; exact, in blocks of rows."""
     rows = contexts.astype(np.float64)
     cosine, other = np.empty(len(rows)), np.empty(len(rows), np.int64)

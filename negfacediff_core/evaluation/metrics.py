@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negfacediff_core.errors import NegFaceDiffError
-from negfacediff_core.evaluation.scores import Distribution
+from negfacediff_core.evaluation.distributions import Distribution
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Separability:
     `fmr100`, `fmr1000` and `zero_fmr` are the lowest FNMR at which the FMR is *at most* 1%, 0.1% and 0. The
     `_closest` figures take the threshold whose FMR is *closest* to that, above or below, as the tool pyeer
     does. `resolution` is the width of the score bins that they were computed from; 0 means from every single
-    score.
+    score. `eer_bound` is the most by which the EER can differ from that of the single scores.
     """
 
     genuine_count: int
@@ -45,6 +45,15 @@ class Separability:
     zero_fmr_closest: float
     auc: float
     resolution: float
+    eer_bound: float
+
+
+class OperatingPoint(NamedTuple):
+    """A threshold with its FMR and FNMR; +inf, at which nothing matches, is one."""
+
+    threshold: float
+    fmr: float
+    fnmr: float
 
 
 class ErrorRates(NamedTuple):
@@ -76,14 +85,15 @@ def separability(genuine: Distribution, impostor: Distribution) -> Separability:
         decidability=math.sqrt(2 * fdr),
         eer=eer,
         eer_threshold=eer_threshold,
-        fmr100=fnmr_at_most(rates, 0.01),
-        fmr1000=fnmr_at_most(rates, 0.001),
-        zero_fmr=fnmr_at_most(rates, 0.0),
-        fmr100_closest=fnmr_closest(rates, 0.01),
-        fmr1000_closest=fnmr_closest(rates, 0.001),
-        zero_fmr_closest=fnmr_closest(rates, 0.0),
+        fmr100=point_at_most(rates, 0.01).fnmr,
+        fmr1000=point_at_most(rates, 0.001).fnmr,
+        zero_fmr=point_at_most(rates, 0.0).fnmr,
+        fmr100_closest=point_closest(rates, 0.01).fnmr,
+        fmr1000_closest=point_closest(rates, 0.001).fnmr,
+        zero_fmr_closest=point_closest(rates, 0.0).fnmr,
         auc=area_under_curve(rates),
         resolution=max(genuine.resolution, impostor.resolution),
+        eer_bound=eer_bound(rates) if genuine.resolution or impostor.resolution else 0.0,
     )
 
 
@@ -121,23 +131,49 @@ def equal_error_rate(rates: ErrorRates) -> tuple[float, float]:
     smaller FMR + FNMR is taken, the lower one on a tie, and the EER is the mean of its two rates (FVC2000; as
     pyeer).
     """
-    after = int(np.argmax(rates.fmr <= rates.fnmr))
-    before = after if after == 0 or rates.fmr[after] == rates.fnmr[after] else after - 1
+    before, after = _crossing(rates)
     totals = rates.fmr + rates.fnmr
     at = before if totals[before] <= totals[after] else after
     return float(totals[at] / 2), float(rates.thresholds[at])
 
 
-def fnmr_at_most(rates: ErrorRates, fmr: float) -> float:
-    """The lowest FNMR among thresholds whose FMR is at most `fmr`; 1 if only rejecting everything achieves
-    that.
+def eer_bound(rates: ErrorRates) -> float:
+    """The most by which the EER of binned scores can differ from that of the scores themselves.
+
+    Rates at the edges of bins are exact, and rates are monotone: the scores' own thresholds around the
+    crossing lie between the edges around it. So both rates, and with them the mean, lie between those there.
     """
-    return float(rates.fnmr[np.argmax(rates.fmr <= fmr)])
+    before, after = _crossing(rates)
+    eer, _ = equal_error_rate(rates)
+    lowest, highest = rates.fmr[after] + rates.fnmr[before], rates.fmr[before] + rates.fnmr[after]
+    return float(max(eer - lowest / 2, highest / 2 - eer))
 
 
-def fnmr_closest(rates: ErrorRates, fmr: float) -> float:
-    """The FNMR at the observed threshold of FMR closest to `fmr`, the lowest such threshold (as pyeer)."""
-    return float(rates.fnmr[np.argmin(np.abs(rates.fmr[:-1] - fmr))])
+def _crossing(rates: ErrorRates) -> tuple[int, int]:
+    """The last threshold with FMR > FNMR and the one after it; twice the same where the rates are equal."""
+    after = int(np.argmax(rates.fmr <= rates.fnmr))
+    before = after if after == 0 or rates.fmr[after] == rates.fnmr[after] else after - 1
+    return before, after
+
+
+def point_at_most(rates: ErrorRates, fmr: float) -> OperatingPoint:
+    """The lowest threshold, and with it the lowest FNMR, whose FMR is at most `fmr`."""
+    return _point(rates, int(np.argmax(rates.fmr <= fmr)))
+
+
+def point_closest(rates: ErrorRates, fmr: float) -> OperatingPoint:
+    """The lowest observed threshold of an FMR closest to `fmr`, above or below (as pyeer)."""
+    return _point(rates, int(np.argmin(np.abs(rates.fmr[:-1] - fmr))))
+
+
+def point_at(rates: ErrorRates, threshold: float) -> OperatingPoint:
+    """FMR and FNMR at any threshold."""
+    above = int(np.searchsorted(rates.thresholds, threshold))
+    return _point(rates, above)._replace(threshold=threshold)
+
+
+def _point(rates: ErrorRates, index: int) -> OperatingPoint:
+    return OperatingPoint(*(float(values[index]) for values in rates))
 
 
 def area_under_curve(rates: ErrorRates) -> float:

@@ -1,33 +1,33 @@
-"""Pictures of a dataset, as PNG bytes: the score histogram and the contact sheet.
+"""Plots of datasets' scores, as PNG or SVG bytes: the score histogram and the DET curves.
 
 Only matplotlib's object interface is used (no pyplot), so that threads and callers share no figure state.
 """
 
 import io
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
+import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from negfacediff_core.errors import NegFaceDiffError
-from negfacediff_core.evaluation.metrics import separability
+from negfacediff_core.evaluation.metrics import error_rates, separability
 from negfacediff_core.evaluation.scores import Distribution
 
 #: Okabe and Ito's palette, told apart by colour-blind readers; in the order in which datasets take them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-_UNDETECTED = (213, 94, 0)
+INK, FAINT, GRID = "#222222", "#777777", "#e6e6e6"
 _DASHES = (0, (3, 1.5))
-_INK, _FAINT = "#222222", "#777777"
-
-# Contact sheet, in pixels.
-_DPI = 100
-_CELL_GAP, _PANEL_GAP, _MARGIN = 2, 22, 12
-_LABEL_WIDTH, _TITLE_HEIGHT, _NOTE_HEIGHT, _LEAST_WIDTH = 44, 44, 22, 460
+# What a page's style sheet may set in an SVG, and what holds where none does.
+_STYLED = {INK: "currentColor", FAINT: f"var(--faint, {FAINT})", GRID: f"var(--line, {GRID})"}
+# matplotlib takes how an SVG is written from settings of the whole process.
+_SVG_SETTINGS = threading.Lock()
 
 
 class ScorePanel(NamedTuple):
@@ -38,22 +38,32 @@ class ScorePanel(NamedTuple):
     impostor: Distribution
 
 
-class SheetPanel(NamedTuple):
-    """One dataset of a sheet: `images` `(I, R, H, W, 3)` uint8 RGB; `detected` `(I, R)` (None: all)."""
+def draw(figure: Figure, form: str = "png") -> bytes:
+    """Return a figure as PNG on white, or as SVG whose text is text and whose ink is the page's colour.
 
-    label: str
-    images: NDArray[np.uint8]
-    detected: NDArray[np.bool_] | None = None
-
-
-def score_histogram(panels: Sequence[ScorePanel]) -> bytes:
-    """Overlay the genuine (filled) and impostor (dashed) scores of 1 to 7 datasets, FDR and EER in the
-    legend.
+    The same figure gives the same bytes.
     """
-    if not 1 <= len(panels) <= len(COLOURS):
-        raise NegFaceDiffError(f"a histogram shows 1 to {len(COLOURS)} datasets, got {len(panels)}")
-    figure = Figure(figsize=(8.4, 4.6), dpi=150, facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
+    file = io.BytesIO()
+    if form == "png":
+        figure.savefig(file, format="png", dpi="figure", metadata={"Software": None})
+        return file.getvalue()
+    # the salt names the parts of the drawing, which must differ between drawings of one page
+    with (
+        _SVG_SETTINGS,
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.get_label() or "figure"}),
+    ):
+        figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+    text = file.getvalue().decode()
+    for colour, styled in _STYLED.items():
+        text = text.replace(colour, styled)
+    return text[text.index("<svg") :].encode()
+
+
+def score_histogram(panels: Sequence[ScorePanel], form: str = "png") -> bytes:
+    """Overlay the genuine (filled) and impostor (dashed) scores of 1 to 7 datasets, FDR and EER in the
+    legend; `form` is png or svg.
+    """
+    figure, axes = _canvas(panels, "a histogram", "histogram")
     edges = _edges(panels)
     centres = (edges[:-1] + edges[1:]) / 2
     handles: list[Patch | Line2D] = []
@@ -65,21 +75,80 @@ def score_histogram(panels: Sequence[ScorePanel]) -> bytes:
         figures = separability(panel.genuine, panel.impostor)
         text = f"{panel.label}:  FDR {figures.fdr:.2f},  EER {figures.eer:.1%}"
         handles.append(Patch(facecolor=colour, edgecolor=colour, label=text))
-    handles.append(Line2D([], [], color=_FAINT, linewidth=1.8, label="same identity (genuine)"))
-    handles.append(
-        Line2D([], [], color=_FAINT, linewidth=1.5, linestyle=_DASHES, label="across identities (impostor)")
-    )
+    handles += [
+        Line2D([], [], color=FAINT, linewidth=1.7, label="same identity (genuine)"),
+        Line2D([], [], color=FAINT, linewidth=1.7, linestyle=_DASHES, label="across identities (impostor)"),
+    ]
     axes.set_xlim(centres[0], centres[-1])
     axes.set_ylim(bottom=0)
     axes.margins(y=0.06)
-    axes.set_xlabel("cosine similarity of two images", color=_INK)
-    axes.set_ylabel("density of pairs", color=_INK)
+    finish(axes, "cosine similarity of two images", "density of pairs")
+    _legend(figure, handles)
+    return draw(figure, form)
+
+
+def det_curves(panels: Sequence[ScorePanel], form: str = "png") -> bytes:
+    """Draw the detection error trade-off of 1 to 7 datasets: FNMR over FMR as the threshold moves.
+
+    Both axes are logarithmic, as in the reports of NIST's face recognition tests; the dotted line is where
+    both rates are equal. `form` is png or svg.
+    """
+    figure, axes = _canvas(panels, "a plot of DET curves", "det")
+    lowest = np.ones(2)
+    for colour, panel in zip(COLOURS, panels, strict=False):
+        rates = error_rates(panel.genuine, panel.impostor)
+        shown = (rates.fmr > 0) & (rates.fnmr > 0)
+        curve = _thinned(np.stack([rates.fmr[shown], rates.fnmr[shown]]))
+        axes.plot(*curve, color=colour, linewidth=1.8, drawstyle="steps-post")
+        lowest = np.minimum(lowest, curve.min(axis=1, initial=1.0))
+    # whole powers of ten, no fewer than two of them and no more than six
+    left, bottom = 10.0 ** np.floor(np.log10(lowest.clip(1e-6, 0.09)))
+    axes.plot([max(left, bottom), 1], [max(left, bottom), 1], color=FAINT, linewidth=1, linestyle=":")
+    axes.set(xscale="log", yscale="log", xlim=(left, 1), ylim=(bottom, 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda rate, _: f"{100 * rate:g}%")
+    finish(axes, "FMR: impostor pairs that match", "FNMR: genuine pairs that do not", grid="both")
+    _legend(
+        figure,
+        [
+            Patch(facecolor=colour, edgecolor=colour, label=panel.label)
+            for colour, panel in zip(COLOURS, panels, strict=False)
+        ],
+    )
+    return draw(figure, form)
+
+
+def _thinned(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Leave out the points `(2, K)` of a curve that lie within a hundredth of a decade of the one before."""
+    place = np.round(100 * np.log10(curve))
+    moved = np.ones(curve.shape[1], dtype=bool)
+    moved[1:-1] = (place[:, 1:-1] != place[:, :-2]).any(axis=0)
+    return curve[:, moved]
+
+
+def finish(axes: Axes, across: str, up: str, grid: Literal["both", "x", "y"] = "y") -> None:
+    """Label the axes and give them the look that all plots have."""
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.spines[["bottom", "left"]].set_color(FAINT)
+    axes.tick_params(which="both", colors=INK)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9.5)
-    return _png(figure)
+    axes.set_facecolor("none")  # the page shines through
+
+
+def _canvas(panels: Sequence[ScorePanel], what: str, label: str) -> tuple[Figure, Axes]:
+    if not 1 <= len(panels) <= len(COLOURS):
+        raise NegFaceDiffError(f"{what} shows 1 to {len(COLOURS)} datasets, got {len(panels)}")
+    figure = Figure(figsize=(8.4, 4.6), dpi=150, facecolor="white", layout="constrained", label=label)
+    return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, handles: Sequence[Patch | Line2D]) -> None:
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK
+    )
 
 
 def _edges(panels: Sequence[ScorePanel]) -> NDArray[np.float64]:
@@ -93,81 +162,3 @@ def _edges(panels: Sequence[ScorePanel]) -> NDArray[np.float64]:
 
 def _density(scores: Distribution, edges: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.histogram(scores.levels, bins=edges, weights=scores.counts, density=True)[0]
-
-
-def contact_sheet(panels: Sequence[SheetPanel]) -> bytes:
-    """Show datasets side by side, pixel for pixel: rows are identities, columns replicates, cells aligned.
-
-    All panels have the same identities, replicates and image size, so that one place in each panel is one
-    sample. Images in which no face was found are framed. Small images are enlarged by a whole factor to about
-    64 pixels.
-    """
-    shape = panels[0].images.shape if panels else ()
-    if len(shape) != 5 or any(panel.images.shape != shape for panel in panels):
-        raise NegFaceDiffError(
-            "a contact sheet takes datasets of equal shape (identities, replicates, height, width, 3), got "
-            + ", ".join(str(panel.images.shape) for panel in panels)
-        )
-    mosaics = [_mosaic(panel) for panel in panels]
-    height, width = mosaics[0].shape[:2]
-    framed = any(panel.detected is not None and not panel.detected.all() for panel in panels)
-    lefts = [_MARGIN + _LABEL_WIDTH + number * (width + _PANEL_GAP) for number in range(len(panels))]
-    sheet_width = max(_LEAST_WIDTH, lefts[-1] + width + _MARGIN)
-    sheet_height = _TITLE_HEIGHT + height + (_NOTE_HEIGHT if framed else 0) + _MARGIN
-    canvas = np.full((sheet_height, sheet_width, 3), 255, dtype=np.uint8)
-    for left, mosaic in zip(lefts, mosaics, strict=True):
-        canvas[_TITLE_HEIGHT : _TITLE_HEIGHT + height, left : left + width] = mosaic
-    figure = Figure(figsize=(sheet_width / _DPI, sheet_height / _DPI), dpi=_DPI, facecolor="white")
-    figure.figimage(canvas, origin="upper")
-    _label_sheet(figure, panels, lefts, width, height)
-    if framed:
-        note = "framed: no face was found; these images are left out of the figures"
-        figure.text(
-            lefts[0] / sheet_width, _MARGIN / sheet_height, note, color=_FAINT, fontsize=8, va="bottom"
-        )
-    return _png(figure)
-
-
-def _mosaic(panel: SheetPanel) -> NDArray[np.uint8]:
-    """One panel's cells with gaps of white, `(height, width, 3)`."""
-    identities, _, height, *_ = panel.images.shape
-    factor = max(1, 64 // height)
-    cells = panel.images.repeat(factor, axis=2).repeat(factor, axis=3)
-    if panel.detected is not None:
-        cells = cells.copy()
-        frame = np.ones(cells.shape[2:4], dtype=bool)
-        frame[3:-3, 3:-3] = False
-        row, column = np.nonzero(~panel.detected)
-        for identity, replicate in zip(row, column, strict=True):
-            cells[identity, replicate][frame] = _UNDETECTED
-    gap = ((0, 0), (0, 0), (0, _CELL_GAP), (0, _CELL_GAP), (0, 0))
-    tiled = np.pad(cells, gap, constant_values=255).transpose(0, 2, 1, 3, 4)
-    mosaic = tiled.reshape(identities * (height * factor + _CELL_GAP), -1, 3)
-    return mosaic[:-_CELL_GAP, :-_CELL_GAP]
-
-
-def _label_sheet(
-    figure: Figure, panels: Sequence[SheetPanel], lefts: Sequence[int], width: int, height: int
-) -> None:
-    """Titles above the panels, replicate numbers above the columns, identity numbers left of the rows."""
-    identities, replicates = panels[0].images.shape[:2]
-    sheet_width, sheet_height = figure.get_size_inches() * _DPI
-
-    def text(x: float, from_top: float, words: str, **style: Any) -> None:
-        figure.text(x / sheet_width, 1 - from_top / sheet_height, words, **style)
-
-    for left, panel in zip(lefts, panels, strict=True):
-        text(left, _TITLE_HEIGHT - 22, panel.label, color=_INK, fontsize=11, fontweight="bold", va="bottom")
-        for replicate in range(replicates):
-            x = left + (replicate + 0.5) * (width + _CELL_GAP) / replicates
-            text(x, _TITLE_HEIGHT - 5, str(replicate), color=_FAINT, fontsize=7.5, ha="center", va="bottom")
-    text(lefts[0] - 8, _TITLE_HEIGHT - 5, "identity", color=_FAINT, fontsize=7.5, ha="right", va="bottom")
-    for identity in range(identities):
-        y = _TITLE_HEIGHT + (identity + 0.5) * (height + _CELL_GAP) / identities
-        text(lefts[0] - 8, y, str(identity), color=_FAINT, fontsize=8, ha="right", va="center")
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    return file.getvalue()

@@ -1,52 +1,31 @@
-"""The report of one or several datasets as one self-contained HTML page, without scripts or links."""
+"""The report of one or several datasets as one self-contained HTML page, light or dark, without scripts."""
 
 import base64
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, TypeGuard
 
-from negfacediff_core.evaluation.figures import FIGURES, SETTINGS, Figure, check_report
+from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS, Figure, check_report
 
 _CAPTIONS = {
     "histogram": "Similarity of image pairs. The further the filled genuine scores stand from the dashed "
     "impostor scores, the better the identities are told apart.",
+    "det": "Detection error trade-off. Lower is better; the dotted line is where both errors are equal.",
+    "distributions": "Numbers of the images, by which the dataset's variety shows; the dotted line is the "
+    "median. Angles are estimates from five landmarks.",
     "contact_sheet": "Rows are identities, columns replicates. The same place in each panel is the same "
-    "identity and replicate.",
+    "identity and replicate. Click or tap to enlarge.",
 }
 
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --faint: #667; --line: #d8dbe0;
-  --better: #00664b; --worse: #a03c00; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; }
-p.lead { font-size: 1.1rem; margin: .2rem 0 0; }
-p.about, figcaption, .difference, .interval { color: var(--faint); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .38rem .9rem .38rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--ink); }
-tbody th { font-weight: 500; white-space: nowrap; }
-.difference, .interval { font-size: .85em; margin-left: .6em; white-space: nowrap; }
-.better { color: var(--better); } .worse { color: var(--worse); }
-figure { margin: 1.6rem 0; } img { max-width: 100%; height: auto; border: 1px solid var(--line); }
-figcaption { font-size: .92rem; margin-top: .4rem; }
-dt { font-weight: 600; margin-top: .6rem; } dd { margin: 0; }
-code { font: .86em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-@media (max-width: 34rem) { body { padding: 1.2rem .8rem 3rem; } th, td { padding-right: .4rem; }
-  tbody th { white-space: normal; } .interval, .difference { display: block; margin: 0; } }
-@media print { body { padding: 0; max-width: none; font-size: 11px; } figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; } }
-"""
+_STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def render_report(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """Render `report` (see `figures`) and PNG `pictures` by name as a page; histogram and contact_sheet lead.
+    """Render `report` (see `figures`) and `pictures` by file name (PNG, SVG) as a page.
 
-    Raises NegFaceDiffError where a required key is missing.
+    Of a picture in both forms the SVG is shown. Raises NegFaceDiffError where a required key is missing.
     """
     check_report(report)
     datasets = report["datasets"]
@@ -57,7 +36,7 @@ def render_report(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         _about(report),
         "<h2>Figures</h2>",
         _figures_table(datasets),
-        *(_picture(name, pictures[name]) for name in _ordered(pictures)),
+        *(_picture(name, pictures) for name in _ordered(pictures)),
         "<h2>Settings</h2>",
         _settings_table(datasets),
         _lineage(datasets),
@@ -65,7 +44,7 @@ def render_report(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
         "<h2>What the figures mean</h2>",
         _definitions(datasets),
         "<h2>Versions</h2>",
-        _table(
+        _plain_table(
             ["tool", "version"],
             [[_text(tool), _text(report["versions"][tool])] for tool in report["versions"]],
         ),
@@ -91,15 +70,23 @@ def _exists(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML fragments; the first cell of a row is its header."""
+def _table(head: Sequence[str], groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """A table of HTML fragments, its rows grouped under names; the first cell of a row is its header."""
     heading = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>\n"
-        for first, *rest in rows
-    )
+    bodies = []
+    for group, rows in groups.items():
+        body = "".join(
+            f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>\n"
+            for first, *rest in rows
+        )
+        name = f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{group}</th></tr>\n'
+        bodies += [f"<tbody>\n{name * bool(group)}{body}</tbody>"] if rows else []
     head_row = f"<thead><tr>{heading}</tr></thead>"
-    return f'<div class="scroll"><table>\n{head_row}\n<tbody>\n{body}</tbody>\n</table></div>'
+    return '<div class="scroll"><table>\n' + "\n".join([head_row, *bodies]) + "\n</table></div>"
+
+
+def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return _table(head, {"": rows})
 
 
 def _lead(datasets: Sequence[Mapping[str, Any]]) -> str:
@@ -122,12 +109,25 @@ def _about(report: Mapping[str, Any]) -> str:
 
 
 def _figures_table(datasets: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [escape(figure.title), *(_figure_cell(figure, dataset, datasets[0]) for dataset in datasets)]
-        for figure in FIGURES
-        if any(figure.key in dataset for dataset in datasets)
-    ]
-    return _table(["", *map(_label, datasets)], rows)
+    """One table, in which every group of figures that the datasets have stands under its name."""
+    groups = {
+        group: [
+            [_term(figure), *(_figure_cell(figure, dataset, datasets[0]) for dataset in datasets)]
+            for figure in _shown(datasets)
+            if figure.group == group
+        ]
+        for group in GROUPS
+    }
+    return _table(["", *map(_label, datasets)], groups)
+
+
+def _shown(datasets: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    return [figure for figure in FIGURES if any(figure.key in dataset for dataset in datasets)]
+
+
+def _term(figure: Figure) -> str:
+    """The figure's title: its definition shows when pointed at, and is where the link leads."""
+    return f'<a href="#{figure.key}" title="{escape(figure.definition)}">{escape(figure.title)}</a>'
 
 
 def _figure_cell(figure: Figure, dataset: Mapping[str, Any], first: Mapping[str, Any]) -> str:
@@ -143,7 +143,11 @@ def _figure_cell(figure: Figure, dataset: Mapping[str, Any], first: Mapping[str,
     if dataset is not first and _exists(reference):
         change = value - reference
         kind = {1: " better", -1: " worse", 0: ""}[figure.better * (int(change > 0) - int(change < 0))]
-        cell += f'<span class="difference{kind}">{_difference(change, figure.form)}</span>'
+        words = _difference(change, figure.form)
+        limits = dataset.get(f"{figure.key}_difference")
+        if limits:
+            words += f" [{', '.join(_difference(limit, figure.form) for limit in limits)}]"
+        cell += f'<span class="difference{kind}">{words.replace(" points [", " [")}</span>'
     return cell
 
 
@@ -154,18 +158,25 @@ def _difference(change: float, form: str) -> str:
 
 
 def _ordered(pictures: Mapping[str, bytes]) -> list[str]:
-    """Known pictures in the order of their captions, then the others as given."""
-    return [name for name in _CAPTIONS if name in pictures] + [
-        name for name in pictures if name not in _CAPTIONS
-    ]
+    """Names without their endings: known pictures in the order of their captions, then the others."""
+    names = dict.fromkeys(name.rpartition(".")[0] for name in pictures)
+    return [name for name in _CAPTIONS if name in names] + [name for name in names if name not in _CAPTIONS]
 
 
-def _picture(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
+def _picture(name: str, pictures: Mapping[str, bytes]) -> str:
     words = escape(name.replace("_", " "))
-    caption = escape(_CAPTIONS.get(name, name.replace("_", " ")))
+    caption = f"<figcaption>{escape(_CAPTIONS.get(name, name.replace('_', ' ')))}</figcaption>"
+    drawing = pictures.get(f"{name}.svg")
+    if drawing is not None:
+        svg = drawing.decode().replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
+        return f'<figure><div class="plot">{svg}</div>{caption}</figure>'
+    data = base64.b64encode(pictures[f"{name}.png"]).decode("ascii")
     image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    # a box that is ticked enlarges what follows it, without a script
+    return (
+        f'<figure><label class="zoom"><input type="checkbox" aria-label="enlarge the {words}">'
+        f"<span>{image}</span></label>{caption}</figure>"
+    )
 
 
 def _settings_table(datasets: Sequence[Mapping[str, Any]]) -> str:
@@ -174,7 +185,7 @@ def _settings_table(datasets: Sequence[Mapping[str, Any]]) -> str:
     ]
     keys = dict.fromkeys(key for settings in described for key in settings)
     rows = [[_text(key), *(_text(settings.get(key, "")) for settings in described)] for key in keys]
-    return _table(["", *map(_label, datasets)], rows)
+    return _plain_table(["", *map(_label, datasets)], rows)
 
 
 def _lineage(datasets: Sequence[Mapping[str, Any]]) -> str:
@@ -189,7 +200,7 @@ def _lineage(datasets: Sequence[Mapping[str, Any]]) -> str:
     note = (
         '<p class="about">Fingerprints of the stages. Where two are equal, the datasets share that data.</p>'
     )
-    return "<h2>Lineage</h2>\n" + note + _table(["stage", *map(_label, datasets)], rows)
+    return "<h2>Lineage</h2>\n" + note + _plain_table(["stage", *map(_label, datasets)], rows)
 
 
 def _licences(licences: Sequence[Mapping[str, Any]]) -> str:
@@ -197,13 +208,12 @@ def _licences(licences: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = [[_text(entry.get(key, "")) for key in ("part", "licence", "source")] for entry in licences]
     note = '<p class="about">A dataset inherits the conditions of everything that it was made with.</p>'
-    return "<h2>Licences</h2>\n" + note + _table(["part", "licence", "source"], rows)
+    return "<h2>Licences</h2>\n" + note + _plain_table(["part", "licence", "source"], rows)
 
 
 def _definitions(datasets: Sequence[Mapping[str, Any]]) -> str:
     entries = "".join(
-        f"<dt>{escape(figure.title)}</dt><dd>{escape(figure.definition)}</dd>\n"
-        for figure in FIGURES
-        if any(figure.key in dataset for dataset in datasets)
+        f'<dt id="{figure.key}">{escape(figure.title)}</dt><dd>{escape(figure.definition)}</dd>\n'
+        for figure in _shown(datasets)
     )
     return f"<dl>\n{entries}</dl>"

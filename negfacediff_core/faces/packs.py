@@ -42,8 +42,16 @@ def open_network(
     """Open the network for `task` from an ONNX file or a model-pack folder.
 
     In a folder with several networks for the task, the first in order of file name is taken, as insightface
-    does. The session runs exactly the bytes that were hashed, with `threads` threads inside an operator.
-    Raises WeightsError, saying what was found and what is expected, and ConfigError for unknown providers.
+    does. Raises WeightsError, saying what was found and what is expected; further errors as `open_file`.
+    """
+    return open_file(find_network(Path(source), task), threads, providers)
+
+
+def open_file(path: Path, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Network:
+    """Open one ONNX file, whatever it is for.
+
+    The session runs exactly the bytes that were hashed, with `threads` threads inside an operator. Raises
+    WeightsError for a file that is no network, and ConfigError for unknown providers.
     """
     unknown = sorted(set(providers) - set(onnxruntime.get_available_providers()))
     if unknown:
@@ -51,9 +59,14 @@ def open_network(
             f"onnxruntime has no provider {unknown} here; it has {onnxruntime.get_available_providers()}. "
             "Name one of those, or install an onnxruntime build that brings it."
         )
-    path = find_network(Path(source), task)
     weights = path.read_bytes()
     graph = _parse(path, weights).graph
+    inputs = _inputs(graph)
+    if not inputs or len(_dimensions(inputs[0])) != 4:
+        raise WeightsError(
+            f"{path} takes no images: the first input of its graph is not (batch, channels, height, width). "
+            "Give a network of face images."
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -63,7 +76,7 @@ def open_network(
         session = onnxruntime.InferenceSession(weights, options, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen unrelated types for a bad graph
         raise WeightsError(f"{path} is an ONNX file that onnxruntime cannot run: {error}") from error
-    batch, _, height, width = _dimensions(_inputs(graph)[0])
+    batch, _, height, width = _dimensions(inputs[0])
     return Network(
         path=path,
         sha256=hashlib.sha256(weights).hexdigest(),

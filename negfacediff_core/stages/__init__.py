@@ -3,6 +3,6 @@
 `plan_build` checks everything that can be checked, `run_unit` makes one unit wherever it is called.
 """
 
-from negfacediff_core.stages.build import STAGES, Stage, plan_build, run_unit
+from negfacediff_core.stages.build import STAGES, Stage, describe_build, plan_build, run_unit
 
-__all__ = ["STAGES", "Stage", "plan_build", "run_unit"]
+__all__ = ["STAGES", "Stage", "describe_build", "plan_build", "run_unit"]

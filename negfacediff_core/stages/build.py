@@ -8,7 +8,18 @@ import torch
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError, StoreError
-from negfacediff_core.stages import aligned, contexts, embeddings, evaluation, negatives, samples
+from negfacediff_core.stages import (
+    aligned,
+    contexts,
+    embeddings,
+    evaluation,
+    gallery,
+    leakage,
+    negatives,
+    neighbours,
+    samples,
+    scores,
+)
 from negfacediff_core.store.layout import StageSpec, Unit, adopt, read_spec
 from negfacediff_core.store.location import locate
 from negfacediff_core.store.records import Record, has_record, read_record
@@ -34,17 +45,35 @@ STAGES: dict[str, Stage] = {
         ("samples", samples),
         ("aligned", aligned),
         ("embeddings", embeddings),
+        ("scores", scores),
         ("evaluation", evaluation),
     )
 }
 
+# What runs a unit of any stage: those of a build, and those of a leakage gate.
+_RUN_UNIT = {
+    **{name: stage.run_unit for name, stage in STAGES.items()},
+    "gallery": gallery.run_unit,
+    "neighbours": neighbours.run_unit,
+    "leakage": leakage.run_unit,
+}
+
 
 def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
-    """Describe every stage of a build, in order, after checking all that it needs.
+    """Describe every stage of a build as `describe_build`, and check that the store can be written.
+
+    Nothing is written but, at the end, a probe in the store, which is removed. Raises as `describe_build`.
+    """
+    specs = describe_build(build, store)
+    locate(store).check_writable()
+    return specs
+
+
+def describe_build(build: BuildConfig, store: str) -> list[StageSpec]:
+    """Describe every stage of a build, in order, after checking all that it needs; writes nothing.
 
     Weights are found, hashed and loaded, the contexts file is read, settings are tried on the generator, and
-    the directories that exist are compared with what this build would make. Nothing is written but, at the
-    end, a probe in the store, which is removed.
+    the directories that exist are compared with what this build would make.
 
     Raises:
         ConfigError, WeightsError, ContextsError: for what the build asks for.
@@ -57,7 +86,6 @@ def plan_build(build: BuildConfig, store: str) -> list[StageSpec]:
     for name, stage in STAGES.items():
         specs[name] = adopt(stage.plan(build, store, specs))
     _cover(specs)
-    locate(store).check_writable()
     return list(specs.values())
 
 
@@ -73,7 +101,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         return read_record(spec, unit)
     torch.set_num_threads(execution.threads_per_worker)
     try:
-        return STAGES[spec.name].run_unit(spec, unit, execution)
+        return _RUN_UNIT[spec.name](spec, unit, execution)
     except NegFaceDiffError as error:
         raise type(error)(f"{spec.name} {unit.name}: {error}") from error
     except Exception as error:

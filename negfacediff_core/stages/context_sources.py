@@ -69,7 +69,7 @@ def weights_of(build: BuildConfig) -> dict[str, Weight]:
     weights = {}
     if contexts.file is not None:
         with named("contexts.file"):
-            weights["contexts"] = _embeddings_weight(contexts.file)
+            weights["contexts"] = embeddings_weight(contexts.file)
     if contexts.folder is not None:
         with named("contexts.folder"):
             weights["folder"] = _images_weight(contexts.folder)
@@ -125,6 +125,14 @@ def embed_faces(images: NDArray[np.uint8], detector: Detector, embedder: Embedde
     return embeddings
 
 
+def embeddings_weight(path: str) -> Weight:
+    """Find and hash a file of embeddings, or all files of a Zarr store, which is a folder."""
+    place = resolve_weights(path)
+    if not place.is_dir():
+        return file_weight(path)
+    return folder_weight(path, (file for file in place.rglob("*") if file.is_file()))
+
+
 def _embed(spec: StageSpec, threads: int) -> Embed:
     detector = detector_of(spec.weights["detector"], spec.config["detector_size"], THRESHOLD, threads)
     embedder = embedder_of(spec.weights["recogniser"], threads)
@@ -171,7 +179,7 @@ def _generate(spec: StageSpec, device: str, batch_size: int) -> Generate:
 
 
 def _reference(weight: Weight, width: int) -> Contexts:
-    check_unchanged(weight, _embeddings_weight(weight.path))
+    check_unchanged(weight, embeddings_weight(weight.path))
     return _read_reference(weight.path, tuple(weight.sha256.items()), width)
 
 
@@ -182,21 +190,13 @@ def _read_reference(path: str, hashes: Hashes, width: int) -> Contexts:
 
 
 def _distribution(weight: Weight) -> IdentityDistribution:
-    check_unchanged(weight, _embeddings_weight(weight.path))
+    check_unchanged(weight, embeddings_weight(weight.path))
     return load_identities(weight.path)
 
 
 def _image_folder(weight: Weight) -> ImageFolder:
     check_unchanged(weight, _images_weight(weight.path))
     return list_images(Path(weight.path))
-
-
-def _embeddings_weight(path: str) -> Weight:
-    """Find and hash a file of embeddings, or all files of a Zarr store, which is a folder."""
-    place = resolve_weights(path)
-    if not place.is_dir():
-        return file_weight(path)
-    return folder_weight(path, (file for file in place.rglob("*") if file.is_file()))
 
 
 def _images_weight(path: str) -> Weight:

@@ -4,60 +4,60 @@ It is derived from the other stages and holds nothing that depends on how long t
 images give the same bytes.
 """
 
+import io
 import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.evaluation.identities import bootstrap_fdr, identity_statistics
-from negfacediff_core.evaluation.metrics import Separability, separability
-from negfacediff_core.evaluation.plots import (
-    ScorePanel,
-    SheetPanel,
-    contact_sheet,
-    score_histogram,
+from negfacediff_core.cost import evaluations_of, passes_of
+from negfacediff_core.diffusion.checkpoint import open_release
+from negfacediff_core.errors import StoreError
+from negfacediff_core.evaluation.bootstrap import FIGURES, Resampled, bootstrap
+from negfacediff_core.evaluation.distribution_plots import distribution_plots
+from negfacediff_core.evaluation.metrics import (
+    Separability,
+    error_rates,
+    point_at,
+    point_at_most,
+    separability,
 )
-from negfacediff_core.evaluation.scores import EXACT_IMAGES, Comparisons, compare
+from negfacediff_core.evaluation.plots import ScorePanel, det_curves, score_histogram
+from negfacediff_core.evaluation.scores import PAPER_IDENTITIES, Comparisons, compare
+from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
+from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, dataset_figures
 from negfacediff_core.stages.models import describe_device, device_of
 from negfacediff_core.stages.negatives import stored_negatives
+from negfacediff_core.stages.samples import sampler_settings
+from negfacediff_core.stages.scores import read_judged, stored_comparisons
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Grid, StageSpec, Unit
 from negfacediff_core.store.records import Record
-from negfacediff_core.store.shards import commit
+from negfacediff_core.store.shards import commit, read_file
 from negfacediff_core.store.tables import rows_of
 
-VERSION = 1
-COLUMNS = (
-    ("identity", "int64"),
-    ("images", "int64"),
-    ("genuine_mean", "float64"),
-    ("nearest", "int64"),
-    ("nearest_cosine", "float64"),
-)
-INPUTS = ("negatives", "samples", "aligned", "embeddings")
-# The share of the bootstrap's resamples that lies in an interval.
-CONFIDENCE = 0.95
+VERSION = 2
+COLUMNS = (("identity", "int64"), *DATASET_COLUMNS)
+INPUTS = ("contexts", "negatives", "samples", "aligned", "embeddings", "scores")
+# Operating points of the report: the lowest threshold of at most these FMR, and thresholds themselves.
+RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 0.0)
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(-4, 20))
+# The file of the unit that holds the figures of the resamples.
+RESAMPLES = "bootstrap.npz"
 # Largest contact sheet, identities x replicates.
 SHEET = (12, 8)
-
-
-class Evaluated(NamedTuple):
-    """What the judge says: embeddings `(I, R, D)` float32, and which are valid `(I, R)`."""
-
-    embeddings: NDArray[np.float32]
-    valid: NDArray[np.bool_]
 
 
 def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> StageSpec:
     """Describe the stage; unlike the others its extent is part of its fingerprint."""
     settings = build.evaluation
-    options = {name: getattr(settings, name) for name in ("protocol", "bootstrap", "seed")}
+    options = {name: getattr(settings, name) for name in ("protocol", "bootstrap", "match_cosine", "seed")}
     return StageSpec(
         store=store,
         name="evaluation",
@@ -74,20 +74,27 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Compute and draw everything."""
     started, begun = time.time(), time.perf_counter()
     device = device_of(execution.device)
-    judged = _judged(spec)
-    seconds = {"read": time.perf_counter() - begun}
+    comparisons = _compare(spec, device)
+    figures = _figures(comparisons)
+    seconds = {"score": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    comparisons = _compare(spec, judged, device)
+    resampled = _resample(spec) if spec.config["bootstrap"] else None
     report = {
         **_settings(spec),
-        **_figures(comparisons),
-        **_interval(spec, judged),
+        **figures,
+        **(_intervals(resampled, figures) if resampled else {}),
+        **_operating_points(comparisons),
         **_shares(spec),
         **_closeness(spec),
+        "network_evaluations": _evaluations_an_image(spec),
     }
-    statistics = identity_statistics(*judged)
-    seconds["score"] = time.perf_counter() - begun
+    seconds["resample"] = time.perf_counter() - begun
+
+    begun = time.perf_counter()
+    worth = dataset_figures(spec, comparisons if _comparable(comparisons) else None)
+    report |= worth.figures
+    seconds["dataset"] = time.perf_counter() - begun
 
     begun = time.perf_counter()
     label = str(report["rule"])
@@ -95,14 +102,22 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         "report.json": (json.dumps(_finite(report), indent=2, allow_nan=False) + "\n").encode(),
         "contact_sheet.png": contact_sheet([sheet_panel(spec, label, *SHEET)]),
     }
+    if resampled:
+        files[RESAMPLES] = _encode(resampled)
     if _comparable(comparisons):
-        files["histogram.png"] = score_histogram([ScorePanel(label, *comparisons)])
+        panels = [ScorePanel(label, *comparisons)]
+        for form in ("png", "svg"):
+            files[f"histogram.{form}"] = score_histogram(panels, form)
+            files[f"det.{form}"] = det_curves(panels, form)
+    if report["distributions"]:
+        for form in ("png", "svg"):
+            files[f"distributions.{form}"] = distribution_plots(report["distributions"], form)
     seconds["draw"] = time.perf_counter() - begun
     return commit(
         spec,
         unit,
         arrays={},
-        rows=rows_of(spec, {"identity": np.arange(spec.config["identities"]), **statistics}),
+        rows=rows_of(spec, {"identity": np.arange(spec.config["identities"]), **worth.columns}),
         started=started,
         seconds=seconds,
         device=describe_device(device),
@@ -112,7 +127,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
 
 def score_panel(spec: StageSpec, label: str) -> ScorePanel:
     """Return a build's scores for a histogram that shows several builds."""
-    return ScorePanel(label, *_compare(spec, _judged(spec), "cpu"))
+    return ScorePanel(label, *_compare(spec, "cpu"))
 
 
 def sheet_panel(spec: StageSpec, label: str, identities: int, images: int) -> SheetPanel:
@@ -122,13 +137,47 @@ def sheet_panel(spec: StageSpec, label: str, identities: int, images: int) -> Sh
     return SheetPanel(label, read_array(spec.input("samples"), "image", *extent), detected)
 
 
-def _judged(spec: StageSpec) -> Evaluated:
-    stored, extent = spec.input("embeddings"), _extent(spec)
-    return Evaluated(read_array(stored, "embedding", *extent), read_column(stored, "status", *extent) == "ok")
+def difference_intervals(spec: StageSpec, other: StageSpec) -> dict[str, tuple[float, float]]:
+    """Return the interval of the difference of each bootstrapped figure, `spec`'s less `other`'s.
+
+    Both evaluations are committed. The same identities were drawn for both, so that what they share falls
+    out. Figures that one of them does not have are left out.
+
+    Raises:
+        StoreError: if the two did not draw the same identities, or drew none.
+    """
+    drawn = ("identities", "images", "bootstrap", "seed")
+    one, two = ({name: each.config[name] for name in drawn} for each in (spec, other))
+    if one != two or not one["bootstrap"]:
+        raise StoreError(
+            f"the difference of {spec.directory} and {other.directory} has no interval, which takes the same "
+            f"identities, images, evaluation.seed and evaluation.bootstrap, above 0: {one} and {two}"
+        )
+    figures, draws = [], []
+    for each in (spec, other):
+        (unit,) = each.grid.units()
+        report = json.loads(read_file(each, unit, "report.json"))
+        figures.append(np.array([report[name] for name in FIGURES], np.float64))
+        draws.append(_decode(read_file(each, unit, RESAMPLES)))
+    limits = draws[0].less(draws[1]).interval(figures[0] - figures[1])
+    return {
+        name: (float(low), float(high))
+        for name, (low, high) in zip(FIGURES, limits, strict=True)
+        if np.isfinite(low + high)
+    }
 
 
-def _compare(spec: StageSpec, judged: Evaluated, device: str) -> Comparisons:
-    return compare(*judged, spec.config["protocol"], spec.config["seed"], device=device)
+def _compare(spec: StageSpec, device: str) -> Comparisons:
+    """The scores of the protocol: those that the bands have counted, or every single one."""
+    # evaluations of the first version knew no bands
+    counted = stored_comparisons(spec.input("scores")) if "scores" in spec.inputs else None
+    if counted is not None:
+        return counted
+    settings = spec.config
+    # the paper's protocol takes no identity beyond these
+    count = min(settings["identities"], PAPER_IDENTITIES) if settings["protocol"] == "paper" else None
+    judged = read_judged(spec.input("embeddings"), _extent(spec), np.arange(count or settings["identities"]))
+    return compare(*judged, settings["protocol"], settings["seed"], device=device)
 
 
 def _comparable(comparisons: Comparisons) -> bool:
@@ -152,20 +201,37 @@ def _figures(comparisons: Comparisons) -> dict[str, Any]:
     return asdict(separability(*comparisons))
 
 
-def _interval(spec: StageSpec, judged: Evaluated) -> dict[str, Any]:
-    """Bootstrap interval of the FDR over the first identities that it can take."""
-    fits = np.cumsum(judged.valid.sum(axis=1)) <= EXACT_IMAGES
-    draws = spec.config["bootstrap"]
-    if not draws or fits.sum() < 2:
+def _resample(spec: StageSpec) -> Resampled:
+    """The figures of the full protocol in resamples of the identities."""
+    embeddings, extent = spec.input("embeddings"), _extent(spec)
+    return bootstrap(
+        lambda identities: read_judged(embeddings, extent, identities),
+        extent,
+        spec.config["bootstrap"],
+        spec.config["seed"],
+    )
+
+
+def _intervals(resampled: Resampled, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Bootstrap intervals by figure; none where there is no figure, or it has no limit."""
+    limits = resampled.interval(np.array([figures[name] for name in FIGURES], np.float64))
+    return {
+        f"{name}_interval": [max(0.0, float(low)), float(high) if name == "fdr" else min(1.0, float(high))]
+        for name, (low, high) in zip(FIGURES, limits, strict=True)
+        if np.isfinite(low + high)
+    }
+
+
+def _operating_points(comparisons: Comparisons) -> dict[str, Any]:
+    """FMR and FNMR where the FMR is at most each of RATES, and at each of THRESHOLDS."""
+    if not _comparable(comparisons):
         return {}
-    part = Evaluated(judged.embeddings[fits], judged.valid[fits])
-    resampled = bootstrap_fdr(*part, draws, spec.config["seed"])
-    resampled = resampled[np.isfinite(resampled)]
-    if not len(resampled):
-        return {}
-    outside = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(resampled, [outside, 1 - outside])
-    return {"fdr_interval": [float(low), float(high)]}
+    rates = error_rates(*comparisons)
+    points = [{"fmr_at_most": rate, **_finite(point_at_most(rates, rate)._asdict())} for rate in RATES]
+    return {
+        "at_fmr": points,
+        "at_threshold": [point_at(rates, threshold)._asdict() for threshold in THRESHOLDS],
+    }
 
 
 def _shares(spec: StageSpec) -> dict[str, Any]:
@@ -192,8 +258,27 @@ def _closeness(spec: StageSpec) -> dict[str, Any]:
     }
 
 
+def _evaluations_an_image(spec: StageSpec) -> int:
+    """How often the network is evaluated for one image, as its sampler and guidance ask for it."""
+    samples, negatives = spec.input("samples"), spec.input("negatives").config
+    timesteps = open_release(Path(samples.weights["generator"].path)).schedule.T
+    count = 0 if negatives["rule"] == "none" else negatives["count"]
+    return evaluations_of(passes_of(sampler_settings(samples), timesteps, count))
+
+
 def _extent(spec: StageSpec) -> tuple[int, int]:
     return spec.config["identities"], spec.config["images"]
+
+
+def _encode(resampled: Resampled) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **resampled._asdict())
+    return file.getvalue()
+
+
+def _decode(content: bytes) -> Resampled:
+    with np.load(io.BytesIO(content), allow_pickle=False) as held:
+        return Resampled(held["estimate"], held["draws"])
 
 
 def _finite(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from negfacediff_core.errors import ContextsError, WeightsError
 from negfacediff_core.faces.detect import Detector, load_detector
 from negfacediff_core.faces.embed import Embedder, load_embedder
 from negfacediff_core.faces.packs import Task, find_network
+from negfacediff_core.faces.quality import FaceScorer, load_attributes, load_quality
 from negfacediff_core.store.layout import Weight
 
 PROJECT = Path(negfacediff_core.__file__).resolve().parents[1]
@@ -155,12 +156,30 @@ def embedder_of(weight: Weight, threads: int) -> Embedder:
         return _embedder(weight.path, _hashes(weight), threads)
 
 
-@lru_cache(maxsize=1)
+# as many as a unit may ask in turn
+@lru_cache(maxsize=2)
 def _embedder(path: str, hashes: Hashes, threads: int) -> Embedder:
     embedder = load_embedder(path, threads=threads)
     if hashes != (("file", embedder.sha256),):
         raise _changed(path)
     return embedder
+
+
+def scorer_of(weight: Weight, kind: str, threads: int) -> FaceScorer:
+    """Return the network of `SCORERS` of a file; WeightsError if it is not what was hashed."""
+    with _loading:
+        return _scorer(weight.path, _hashes(weight), kind, threads)
+
+
+SCORERS = {"quality": load_quality, "attributes": load_attributes}
+
+
+@lru_cache(maxsize=len(SCORERS))
+def _scorer(path: str, hashes: Hashes, kind: str, threads: int) -> FaceScorer:
+    scorer = SCORERS[kind](path, threads)
+    if hashes != (("file", scorer.sha256),):
+        raise _changed(path)
+    return scorer
 
 
 def device_of(device: str) -> str:

@@ -1,0 +1,118 @@
+"""What a sweep leaves to read: a table and a plot of its figures over the seeds of every setting."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from negfacediff_core.evaluation.plots import COLOURS, INK, draw, finish
+
+_MARKERS = "osD^v"
+
+
+class Measure(NamedTuple):
+    """A figure that is set against the axis: its key, its title, its form as text, and what is better."""
+
+    key: str
+    title: str
+    form: str
+    better: str
+
+
+MEASURES = (
+    Measure("fdr", "FDR", ".2f", "more is better"),
+    Measure("eer", "EER", ".1%", "less is better"),
+    Measure("detected_fraction", "faces found", ".1%", "more is better"),
+    Measure("embedding_diversity", "intra-identity distance", ".3f", "1 - cosine"),
+)
+EVALUATIONS = "network evaluations an image"
+AXES = {"evaluations": ("network_evaluations", EVALUATIONS), "w": ("w", "negative weight w")}
+
+Row = Mapping[str, Any]
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Return a Markdown table: a line a setting, with the mean over its seeds, the lowest and the highest."""
+    head = ["setting", "", EVALUATIONS, *(measure.title for measure in MEASURES), "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for group, variations in _grouped(rows).items():
+        for name, chosen in variations.items():
+            cells = (_spread_text(_values(chosen, measure.key), measure.form) for measure in MEASURES)
+            evaluations = f"{chosen[0]['network_evaluations']:,}"
+            lines.append([name, group, evaluations, *cells, str(len(chosen))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> bytes:
+    """Plot every measure against `axis` (of AXES): means over seeds, bars from the lowest to the highest."""
+    key, label = AXES[axis]
+    figure = Figure(figsize=(10, 7.2), dpi=130, facecolor="white", layout="constrained", label="sweep")
+    groups = _grouped(rows)
+    looks: list[dict[str, Any]] = [
+        {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number // len(COLOURS)]}
+        for number in range(len(groups))
+    ]
+    for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
+        for look, variations in zip(looks, groups.values(), strict=True):
+            points = sorted(
+                (chosen[0][key], values)
+                for chosen in variations.values()
+                if (values := _values(chosen, measure.key))
+            )
+            means = [statistics.mean(values) for _, values in points]
+            below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
+            above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+            axes.errorbar(
+                [x for x, _ in points],
+                means,
+                yerr=[below, above],
+                **look,
+                markersize=5,
+                linewidth=1.4,
+                capsize=2.5,
+            )
+        if axis == "evaluations":
+            axes.set_xscale("log")
+            ticks = sorted({row[key] for row in rows})
+            axes.set_xticks(_apart(ticks), [f"{tick:,}" for tick in _apart(ticks)])
+            axes.minorticks_off()
+        if measure.form.endswith("%"):
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+        finish(axes, label, f"{measure.title} ({measure.better})")
+    handles = [
+        Line2D([], [], **look, linewidth=1.4, label=group) for look, group in zip(looks, groups, strict=True)
+    ]
+    figure.suptitle(title, color=INK, fontsize=12)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
+    return draw(figure, form)
+
+
+def _grouped(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by group and setting, in the order in which they come."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {}).setdefault(row["variation"], []).append(row)
+    return groups
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    """The figure of each row that has it."""
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _spread_text(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "n/a"
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Leave out ticks that lie within a third above the one before: their numbers would overlap."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or tick > 1.35 * kept[-1]:
+            kept.append(tick)
+    return kept

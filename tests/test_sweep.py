@@ -1,0 +1,155 @@
+"""Sweeps of builds: what they hold, what comes of them, and what is refused."""
+
+import json
+
+import pytest
+import yaml
+from prefect.testing.utilities import prefect_test_harness
+
+from flows import sweep as sweep_module
+from flows.sweep import cases, load_sweep, run_sweep, sweep_names
+from flows.sweep_page import AXES, MEASURES, plot_of, table_of
+from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.errors import ConfigError
+from negfacediff_core.evaluation.figures import FIGURES
+
+THREADS = ExecutionConfig(workers=1, device="cpu")
+
+
+@pytest.fixture
+def tiny_sweep(tiny_build, tmp_path):
+    """A sweep file of two settings and two seeds, on the tiny build."""
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(tiny_build.model_dump(mode="json")))
+    content = {
+        "name": "two",
+        "title": "Two settings",
+        "axis": "evaluations",
+        "base": str(base),
+        "seeds": [0, 7],
+        "set": {"evaluation.bootstrap": 0},
+        "builds": [
+            {"name": "short", "group": "DDIM"},
+            {"name": "plain", "group": "plain", "set": {"negatives.rule": "none", "samples.w": 0}},
+        ],
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_sweep_that_ships_can_be_built(name):
+    described = load_sweep(name)
+    built = list(cases(described))
+    assert len(built) == len(described.builds) * len(described.seeds) >= 3 * 10
+    assert len({case.build.name for case in built}) == len(built)
+    assert all(case.build.identities >= 64 and case.build.images >= 16 for case in built)
+    assert {case.build.samples.seed for case in built} == set(described.seeds)
+
+
+def test_the_ablation_holds_every_rule_and_the_steps_every_sampler():
+    rules = {case.build.negatives.rule for case in cases(load_sweep("ablation"))}
+    assert rules == {"none", "null", "rand", "close", "mid", "far"}
+    weights = {case.build.samples.w for case in cases(load_sweep("ablation"))}
+    assert min(weights - {0.0}) == 0.1 and max(weights) == 2.0
+    steps = {(case.build.samples.sampler, case.build.samples.steps) for case in cases(load_sweep("steps"))}
+    assert {("ddim", n) for n in (10, 25, 50, 100, 200)} | {("dpm_solver", n) for n in (10, 15, 20)} < steps
+
+
+def test_seeds_and_fields_reach_the_builds(tiny_sweep):
+    short, _, plain, _ = cases(load_sweep(str(tiny_sweep)))
+    assert (short.build.name, short.build.negatives.rule, short.build.evaluation.bootstrap) == (
+        "two-short-0",
+        "far",
+        0,
+    )
+    assert (plain.build.name, plain.build.negatives.rule) == ("two-plain-0", "none")
+    assert [case.build.contexts.seed for case in cases(load_sweep(str(tiny_sweep)))] == [0, 7, 0, 7]
+
+
+def test_a_sweep_that_stops_leaves_what_is_done_and_goes_on(tiny_sweep, tmp_path, monkeypatch):
+    described, out = load_sweep(str(tiny_sweep)), tmp_path / "out"
+    real, made = sweep_module.build_dataset, []
+
+    def stops_at_the_third(build, execution, store):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(build.name)
+        return real(build, execution, store)
+
+    with prefect_test_harness(server_startup_timeout=300):
+        monkeypatch.setattr(sweep_module, "build_dataset", stops_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
+        assert [row["seed"] for row in json.loads((out / "rows.json").read_text())] == [0, 7]
+        monkeypatch.setattr(sweep_module, "build_dataset", real)
+        rows = run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
+    assert json.loads((out / "rows.json").read_text()) == json.loads(json.dumps(rows))
+    assert [(row["variation"], row["seed"]) for row in rows] == [
+        ("short", 0),
+        ("short", 7),
+        ("plain", 0),
+        ("plain", 7),
+    ]
+    # two steps, each with a negative in one setting and without in the other
+    assert [row["network_evaluations"] for row in rows] == [4, 4, 2, 2]
+    assert (out / "table.md").read_text() == table_of(rows)
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert b"DDIM" in (out / "plot.svg").read_bytes()
+
+
+def row(variation, seed, **figures):
+    known = {"fdr": 2.0, "eer": 0.1, "detected_fraction": 1.0, "embedding_diversity": 0.3}
+    return {
+        "variation": variation,
+        "group": "DDIM",
+        "seed": seed,
+        "network_evaluations": 40,
+        "w": 0.5,
+        **known,
+        **figures,
+    }
+
+
+def test_the_table_has_means_over_seeds_and_what_they_lie_between():
+    rows = [row("a", 0, fdr=2.0), row("a", 1, fdr=3.0), row("b", 0, fdr=1.0, network_evaluations=2000)]
+    lines = table_of(rows).splitlines()
+    assert "| 2.50 (2.00 to 3.00) |" in lines[2] and lines[2].endswith("| 2 |")
+    assert "| 2,000 | 1.00 |" in lines[3]
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_figures_that_do_not_exist_are_left_out(axis):
+    """A build in which no pair could be compared has no FDR; it must not stop the sweep."""
+    rows = [row("a", 0), row("b", 0, fdr=None, eer=None), row("c", 0, w=1.0, network_evaluations=80)]
+    assert "| n/a |" in table_of(rows)
+    assert b"DDIM" in plot_of(rows, axis, "title", "svg")
+
+
+def test_what_a_sweep_shows_are_figures_of_reports():
+    known = {figure.key for figure in FIGURES}
+    assert {measure.key for measure in MEASURES} <= known and AXES["evaluations"][0] in known
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"axis": "time"}, "axis is 'time'"),
+        ({"seeds": []}, "seeds is"),
+        ({"typo": 1}, "no field typo"),
+        ({"builds": [{"name": "a", "group": "g", "set": {"samples.stps": 3}}]}, "samples.steps"),
+        ({"base": "nothing"}, "no preset 'nothing'"),
+    ],
+)
+def test_a_wrong_sweep_says_what_is_wrong(tiny_sweep, change, message):
+    content = yaml.safe_load(tiny_sweep.read_text())
+    tiny_sweep.write_text(yaml.safe_dump({**content, **change}))
+    with pytest.raises(ConfigError, match=message):
+        list(cases(load_sweep(str(tiny_sweep))))
+
+
+@pytest.mark.parametrize("source", ["nothing", "/nowhere/sweep.yaml"])
+def test_a_sweep_that_is_not_there(source):
+    with pytest.raises(ConfigError, match=f"{source}"):
+        load_sweep(source)
