@@ -19,9 +19,10 @@ from measure import machine, write_results
 
 from flows.build import pending_lines
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.store.layout import Grid, StageSpec, Unit, establish, record_path
+from negfacediff_core.store.layout import Grid, StageSpec, Unit, record_path
 from negfacediff_core.store.records import Record, pending, records
 from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.shards import prepare
 from negfacediff_core.store.status import status
 from tasks import chunks
 from tasks.executors import open_pool
@@ -57,7 +58,7 @@ def make_stage(store: Path, units: int) -> StageSpec:
         grid=Grid(units, 1, block_identities=1, block_replicates=1),
         columns=(("identity", "int64"),),
     )
-    establish(spec)
+    prepare(spec)
     place = {"fingerprint": spec.fingerprint, "identities": units, "replicates": 1}
     write_run(str(store), "load", {"stages": {"samples": place}})
     return spec

@@ -76,7 +76,7 @@ def build_dataset(
     seconds = seconds_of(specs.values())
     record_run(build, specs, store, seconds, energy.joules if whole else joules)
     figures = figures_of(build.name, specs)
-    report = report_of(f"Dataset {build.name}", [figures], specs, seconds)
+    report = report_of(f"Dataset {build.name}", [figures], [specs], seconds)
     publish(build.name, report, write_page(specs, report))
     return {
         "name": build.name,

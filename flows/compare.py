@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 from prefect import flow
 
-from flows.results import figures_of, publish, report_of, seconds_of
+from flows.results import figures_of, judge_of, protocol_of, publish, report_of, seconds_of
 from flows.words import command_text, count_text
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.evaluation.plots import COLOURS, det_curves, score_histogram
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.evaluation.sheets import contact_sheet
-from negfacediff_core.stages.evaluation import difference_intervals, score_panel, sheet_panel
+from negfacediff_core.stages.evaluation import RESAMPLES, difference_intervals, score_panel, sheet_panel
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.location import locate
-from negfacediff_core.store.records import pending
+from negfacediff_core.store.records import pending, read_record
 from negfacediff_core.store.runs import stages_of_run
 
 #: Identities and images of each that the contact sheet shows.
@@ -36,7 +36,8 @@ def compare(store: str, runs: Sequence[str], out: str = "comparison") -> dict[st
     Returns the report, as `report.json` has it. ConfigError for a selection that cannot be compared,
     StoreError where a run is missing or not finished.
     """
-    return write_comparison(" and ".join(runs), read_datasets(store, runs), out)
+    title = f"{', '.join(runs[:-1])} and {runs[-1]}"
+    return write_comparison(title, read_datasets(store, runs), out)
 
 
 def read_datasets(store: str, runs: Sequence[str]) -> dict[str, Dataset]:
@@ -65,29 +66,94 @@ def write_comparison(title: str, datasets: Mapping[str, Dataset], out: str) -> d
     The differences are those to the first dataset.
     """
     figures = [{**figures_of(*dataset), "name": label} for label, dataset in datasets.items()]
-    first, *others = datasets.values()
-    for dataset, shown in zip(others, figures[1:], strict=True):
-        shown |= _differences(dataset, first)
+    first, *others = datasets
+    unpaired: dict[str, list[str]] = {}
+    for label, shown in zip(others, figures[1:], strict=True):
+        why = _why_unpaired(datasets[label].stages["evaluation"], datasets[first].stages["evaluation"])
+        if why:
+            unpaired.setdefault(why, []).append(label)
+        else:
+            shown |= _differences(datasets[label], datasets[first])
     stages = [dataset.stages for dataset in datasets.values()]
-    report = report_of(
-        title, figures, stages[-1], seconds_of(spec for one in stages for spec in one.values())
-    )
+    report = {
+        **report_of(title, figures, stages, seconds_of(spec for one in stages for spec in one.values())),
+        "warnings": _warnings(datasets),
+        "notes": [
+            f"Without an interval of the difference to {first}: {', '.join(labels)}, because {why}."
+            for why, labels in unpaired.items()
+        ],
+        "captions": {"contact_sheet": _what_sheets_share(stages)},
+    }
     pictures = _pictures(datasets)
+    page = render_report(report, pictures)
     folder = locate(out)
+    folder.check_writable()  # makes it where it is not there
     for name, content in pictures.items():
         folder.write_atomic(name, content)
-    folder.write_atomic("report.html", render_report(report, pictures).encode())
+    folder.write_atomic("report.html", page.encode())
     folder.write_atomic("report.json", (json.dumps(report, indent=2) + "\n").encode())
     publish(title, report, pictures)
     return report
 
 
+def _warnings(datasets: Mapping[str, Dataset]) -> list[str]:
+    """Say what keeps the figures from being compared: judges or protocols that are not the same."""
+    stages = {label: dataset.stages for label, dataset in datasets.items()}
+    judges = [_judge_key(one) for one in stages.values()]
+    warnings = []
+    if any(judge != judges[0] for judge in judges):
+        warnings.append(_not_comparable("judges", {label: judge_of(one) for label, one in stages.items()}))
+    protocols = {label: protocol_of(one) for label, one in stages.items()}
+    if len(set(protocols.values())) > 1:
+        warnings.append(_not_comparable("protocols", protocols))
+    return warnings
+
+
+def _judge_key(stages: Mapping[str, StageSpec]) -> tuple[Mapping[str, str], bool]:
+    """What makes two judges the same, wherever their files lie."""
+    embedded = stages["embeddings"]
+    return embedded.weights["judge"].sha256, bool(embedded.config.get("flip"))
+
+
+def _not_comparable(what: str, names: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{label}: {name}" for label, name in names.items())
+    return f"These figures are not comparable, for the {what} differ. {listed}."
+
+
+def _why_unpaired(spec: StageSpec, first: StageSpec) -> str:
+    """Say why the difference of two evaluations has no interval, to follow "because"; "" where it has one."""
+    one, two = spec.config, first.config
+    fields = {"identities": "identities", "images": "images of each", "bootstrap": "draws", "seed": "seed"}
+    differing = [
+        f"{words} ({one[name]:,} and {two[name]:,})"
+        for name, words in fields.items()
+        if one[name] != two[name]
+    ]
+    if "paper" in (one["protocol"], two["protocol"]):
+        return "figures of the protocol paper have none"
+    if not (one["bootstrap"] and two["bootstrap"]):
+        return "evaluation.bootstrap is 0, so that no identities were drawn"
+    if differing:
+        return f"their evaluations have other {', '.join(differing)}"
+    for each in (spec, first):
+        (unit,) = each.grid.units()
+        if RESAMPLES not in read_record(each, unit).sha256:
+            return "a run was evaluated by an older version, which kept no draws; build it again"
+    return ""
+
+
+def _what_sheets_share(stages: Sequence[Mapping[str, StageSpec]]) -> str:
+    """Say what one place of the contact sheet's panels has in common."""
+    if len({one["contexts"].fingerprint for one in stages}) > 1:
+        return "The datasets have other contexts: the same place in two panels need not be one identity."
+    if len({one["samples"].config["seed"] for one in stages}) > 1:
+        return "The same place in each panel is the same identity; the noise is another."
+    return "The same place in each panel is the same identity and replicate, from the same noise."
+
+
 def _differences(dataset: Dataset, first: Dataset) -> dict[str, Any]:
-    """Intervals of the differences to the first dataset, by figure, where both drew the same identities."""
-    try:
-        intervals = difference_intervals(dataset.stages["evaluation"], first.stages["evaluation"])
-    except StoreError:  # other identities, or none drawn: the difference stands without an interval
-        return {}
+    """Intervals of the differences to the first dataset, by figure."""
+    intervals = difference_intervals(dataset.stages["evaluation"], first.stages["evaluation"])
     return {f"{name}_difference": list(limits) for name, limits in intervals.items()}
 
 

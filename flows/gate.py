@@ -12,6 +12,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, finish, meter_of
+from flows.leakage import GateRecord
 from flows.progress import CallbackBar, show_progress
 from flows.results import figures_of, report_of, seconds_of, write_page
 from flows.resume import build_of
@@ -20,7 +21,7 @@ from negfacediff_core.contexts.images import read_image
 from negfacediff_core.evaluation.pair_sheet import Pair, pair_sheet
 from negfacediff_core.stages import kept
 from negfacediff_core.stages.gallery import image_path
-from negfacediff_core.stages.gate import Gate, plan_gate
+from negfacediff_core.stages.gate import Gate, plan_gate, plan_kept
 from negfacediff_core.stages.leakage import REPORT, leaking, read_report, thresholds_at
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.location import locate
@@ -54,9 +55,10 @@ def leakage_gate(
     gate = plan_gate(store, run, settings)
     for spec in gate.stages.values():
         prepare(spec)
-    _record(store, f"{run}.leakage", gate.stages, None)
+    asked = GateRecord(run=run, settings=settings)
+    _record(store, f"{run}.leakage", asked, gate.stages, None)
     _finish(gate.stages, execution, f"Comparing {run} with {settings.gallery}")
-    _record(store, f"{run}.leakage", gate.stages, seconds_of(gate.stages.values()))
+    _record(store, f"{run}.leakage", asked, gate.stages, seconds_of(gate.stages.values()))
     counted = gate.stages["leakage"]
     report = read_report(counted)
     places = {"report": f"{counted.directory}/{REPORT}"}
@@ -67,7 +69,7 @@ def leakage_gate(
         thresholds_at(report, settings.fmr)
         places["flagged"] = _flag(store, run, counted, settings.fmr)
     if settings.policy == Policy.drop:
-        figures = _drop(store, run, gate, settings.fmr, execution)
+        figures = _drop(store, asked, gate, execution)
     return {"report": report, "places": places, "figures": figures}
 
 
@@ -90,8 +92,10 @@ def _finish(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: s
             raise
 
 
-def _record(store: str, name: str, specs: Mapping[str, StageSpec], seconds: float | None) -> None:
-    """Bind a name to stages, so that they are kept, verified and shown."""
+def _record(
+    store: str, name: str, asked: GateRecord, specs: Mapping[str, StageSpec], seconds: float | None
+) -> None:
+    """Bind a name to stages, so that they are kept, verified and shown, and say what to go on with."""
     stages = {
         spec.name: {
             "fingerprint": spec.fingerprint,
@@ -100,8 +104,8 @@ def _record(store: str, name: str, specs: Mapping[str, StageSpec], seconds: floa
         }
         for spec in specs.values()
     }
-    content = {"stages": stages, "versions": installed_versions(), "seconds": seconds}
-    write_run(store, name, content)
+    content = {"gate": asked.model_dump(mode="json"), "stages": stages, "versions": installed_versions()}
+    write_run(store, name, {**content, "seconds": seconds})
 
 
 def _flag(store: str, run: str, counted: StageSpec, rate: float) -> str:
@@ -113,15 +117,16 @@ def _flag(store: str, run: str, counted: StageSpec, rate: float) -> str:
     return f"{folder.url}/{name}"
 
 
-def _drop(store: str, run: str, gate: Gate, rate: float, execution: ExecutionConfig) -> list[dict[str, Any]]:
+def _drop(store: str, asked: GateRecord, gate: Gate, execution: ExecutionConfig) -> list[dict[str, Any]]:
     """Make the run without what leaks; returns its figures, behind those of the run."""
-    marked = kept.plan(gate.run["embeddings"], gate.stages["leakage"], rate)
-    remade = kept.remake(build_of(store, run), gate.run, marked)
+    run = asked.run
+    remade = plan_kept(gate, build_of(store, run), asked.settings.fmr)
+    marked = remade["embeddings"]
     for spec in remade.values():
         prepare(spec)
     specs = {**gate.run, **remade}
     name = f"{run}.kept"
-    _record(store, name, specs, None)
+    _record(store, name, asked, specs, None)
     left = pending(marked)
     with CallbackBar("embeddings", "units") as bar:
         for done, unit in enumerate(left):
@@ -131,9 +136,9 @@ def _drop(store: str, run: str, gate: Gate, rate: float, execution: ExecutionCon
         {key: spec for key, spec in remade.items() if spec is not marked}, execution, f"Evaluating {name}"
     )
     seconds = seconds_of(specs.values())
-    _record(store, name, specs, seconds)
+    _record(store, name, asked, specs, seconds)
     figures = [figures_of(run, gate.run), figures_of(name, specs)]
-    write_page(specs, report_of(f"Dataset {name}", figures, specs, seconds))
+    write_page(specs, report_of(f"Dataset {name}", figures, [gate.run, specs], seconds))
     return figures
 
 

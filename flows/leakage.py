@@ -8,15 +8,23 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.command import DEFAULTS, Verbose, print_figures, print_places, show_log, with_execution
-from flows.resume import Store
+from flows.resume import Store, build_of
 from flows.words import count_text
-from negfacediff_core.config import ExecutionConfig, LeakageConfig, Policy
+from negfacediff_core.config import ExecutionConfig, LeakageConfig, Model, Policy
 from negfacediff_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.leakage_plan import Estimate
+    from negfacediff_core.store.layout import StageSpec
 
 _FIELDS = LeakageConfig.model_fields
+
+
+class GateRecord(Model):
+    """What the records `<run>.leakage` and `<run>.kept` hold of the gate that made them."""
+
+    run: str
+    settings: LeakageConfig
 
 
 @with_execution("batch_size", "device", "acceleration", "approve_above_hours")
@@ -61,10 +69,12 @@ def leakage(
         fmr=fmr,
         pictures=pictures,
     )
-    execution = execution.model_copy(update={"device": "cpu"})
+    execution = on_cpu(execution)
     check_available(execution)
     check_store(store)
     gate = plan_gate(store, run, settings)
+    if settings.policy == Policy.drop:
+        build_of(store, run)
     if not gate.conditioner_known:
         print(
             "The generator does not tell which recogniser it was trained with: make sure that it is none of "
@@ -75,6 +85,11 @@ def leakage(
 
         _print_estimate(estimate(gate, execution))
         return
+    gate_in(store, run, settings, execution, verbose)
+
+
+def gate_in(store: str, run: str, settings: LeakageConfig, execution: ExecutionConfig, verbose: bool) -> None:
+    """Run the gate of a run to its end, and print what was counted and where it lies."""
     show_log(verbose)
     from flows.gate import leakage_gate
     from flows.launch import launch
@@ -84,6 +99,47 @@ def leakage(
     print_places(**result["places"])
     if result["figures"]:
         print_figures(result["figures"])
+
+
+def on_cpu(execution: ExecutionConfig) -> ExecutionConfig:
+    """Return how a gate is run: wherever the images were made, it takes the CPU."""
+    return execution.model_copy(update={"device": "cpu"})
+
+
+def read_gate(store: str, name: str) -> GateRecord | None:
+    """Return the gate that made the run `name`; None if it was not made by one, or is not there.
+
+    Raises StoreError if the record is damaged, ConfigError if it holds settings that there are not.
+    """
+    from flows.presets import explain
+    from negfacediff_core.store.runs import read_run
+
+    record = read_run(store, name) or {}
+    if "gate" not in record:
+        return None
+    try:
+        return GateRecord.model_validate(record["gate"])
+    except ValidationError as error:
+        raise ConfigError(f"the run {name} in {store}: {explain(error, GateRecord)}") from error
+
+
+def stages_of_gate(store: str, name: str, gate: GateRecord) -> "list[StageSpec]":
+    """Plan what the gate made for the run `name`, its counts or the run without what leaks.
+
+    Checks everything, and raises as `plan_gate`.
+    """
+    from negfacediff_core.stages.gate import plan_gate, plan_kept
+
+    planned = plan_gate(store, gate.run, gate.settings)
+    if not holds_kept(name, gate):
+        return list(planned.stages.values())
+    remade = plan_kept(planned, build_of(store, gate.run), gate.settings.fmr)
+    return list({**planned.run, **remade}.values())
+
+
+def holds_kept(name: str, gate: GateRecord) -> bool:
+    """Tell whether a gate's run `name` is a dataset: what policy drop has kept of the gate's run."""
+    return name == f"{gate.run}.kept"
 
 
 def _settings(**values: Any) -> LeakageConfig:

@@ -147,4 +147,6 @@ def _write(path: Path, save: Callable[..., None], **arrays: Any) -> None:
     """Write what numpy's `save` makes of the arrays, in one piece: a crash leaves no half file."""
     buffer = io.BytesIO()
     save(buffer, **arrays)
-    locate(str(path.parent)).write_atomic(path.name, buffer.getvalue())
+    folder = locate(str(path.parent))
+    folder.check_writable()
+    folder.write_atomic(path.name, buffer.getvalue())

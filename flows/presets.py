@@ -1,6 +1,6 @@
 """From a preset's name or a YAML file, and `field=value` settings, to a checked `BuildConfig`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib.resources import files
@@ -53,7 +53,7 @@ def load_build(source: str, settings: Sequence[str] = ()) -> BuildConfig:
 
     Raises ConfigError, naming the field, its value and what is allowed.
     """
-    values = _read(source)
+    values = read_values(source, preset_text)
     for setting in settings:
         _apply(values, setting)
     return check_build(values, source)
@@ -121,18 +121,22 @@ def describe_fields() -> list[tuple[str, str, str]]:
     return [(name, str(info.default), info.description or "") for name, info in fields_of(BuildConfig)]
 
 
-def _read(source: str) -> dict[str, Any]:
+def read_values(source: str, shipped: Callable[[str], str]) -> dict[str, Any]:
+    """Read the `field: value` lines of a YAML file, or of the text of what is `shipped` by that name.
+
+    Raises ConfigError for what cannot be read, or holds anything else.
+    """
     path = Path(source)
     if path.suffix in SUFFIXES:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
             raise ConfigError(
-                f"The build file {source} cannot be read ({error}): check the path, or name a preset "
-                "(`negfacediff presets` lists them)."
+                f"The file {source} cannot be read ({error}): check the path, or name what ships "
+                "(`negfacediff presets` lists it)."
             ) from error
     else:
-        text = preset_text(source)
+        text = shipped(source)
     values = _parse(text, f"{source} is not YAML")
     if values is None:
         return {}
@@ -190,8 +194,8 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
     elif detail["type"] == "string_pattern_mismatch":
         message = "that is none of the values allowed"  # they follow in words; the pattern says it in signs
     elif detail["type"] == "model_type":
-        example = next(field for field in known if field.startswith(f"{name}."))
-        message = f"it has fields of its own: set those, for example {example}"
+        example = next((f", for example {field}" for field in known if field.startswith(f"{name}.")), "")
+        message = f"it has fields of its own: set those{example}"
     meaning = f" {name}: {known[name].description}" if name in known else ""
     return f"{name} is {_SHORT.repr(detail['input'])}, but {message}{end}{meaning}"
 

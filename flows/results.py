@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def figures_of(run: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
         **figures,
         "settings": _settings(specs),
         "images_per_second": rate(records(specs["samples"])),
+        "seconds": round(seconds_of(specs.values()), 1),
         **({} if joules is None else {"watt_hours": joules / 3600}),
         "lineage": lineage,
     }
@@ -145,25 +147,56 @@ def figures_of(run: str, specs: Mapping[str, StageSpec]) -> dict[str, Any]:
 def _settings(specs: Mapping[str, StageSpec]) -> dict[str, Any]:
     """What a page says of how a dataset was made, beside its rule, weight and sampler."""
     contexts, negatives, samples = (specs[name].config for name in ("contexts", "negatives", "samples"))
-    shown = {"contexts": contexts["source"], "images of each": specs["samples"].grid.replicates}
+    shown = {
+        "generator": _source(specs["samples"].weights["generator"]),
+        "judge": judge_of(specs),
+        "protocol": protocol_of(specs),
+        "contexts": contexts["source"],
+        "images of each": specs["samples"].grid.replicates,
+    }
     if negatives.get("pool"):
         shown |= {"pool": negatives["pool"], "negatives of each": negatives.get("count", 1)}
     return shown | {name: value for name, value in samples.items() if name not in SETTINGS}
 
 
+def judge_of(specs: Mapping[str, StageSpec]) -> str:
+    """Name the recogniser that a dataset's figures are by, and how it looks at the images."""
+    mirrored = specs["embeddings"].config.get("flip")
+    return _source(specs["embeddings"].weights["judge"]) + ", mirrored images, too" * bool(mirrored)
+
+
+def protocol_of(specs: Mapping[str, StageSpec]) -> str:
+    """Name the pairs that a dataset's figures are from; those of the paper's protocol go by a seed."""
+    settings = specs["evaluation"].config
+    paper = settings["protocol"] == "paper"
+    return f"{settings['protocol']}, seed {settings['seed']}" if paper else str(settings["protocol"])
+
+
 def report_of(
-    title: str, datasets: Sequence[Mapping[str, Any]], specs: Mapping[str, StageSpec], seconds: float
+    title: str,
+    datasets: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, StageSpec]],
+    seconds: float,
 ) -> dict[str, Any]:
-    """Return the report of datasets that were made in `seconds`; `specs` are the stages of any of them."""
+    """Return the report of datasets that were made in `seconds`; `runs` are the stages of each."""
+    newest = max(record.finished for specs in runs for spec in specs.values() for record in records(spec))
+    devices = {record.device for specs in runs for record in records(specs["samples"])}
     return {
         "title": title,
         "datasets": list(datasets),
+        "made": datetime.fromtimestamp(newest, UTC).date().isoformat(),
         "seconds": round(seconds, 1),
-        "licences": licences_of(specs),
-        "judge": _source(specs["embeddings"].weights["judge"]),
-        "device": ", ".join(sorted({record.device for record in records(specs["samples"])})),
+        "licences": _merged_licences(runs),
+        "judge": "; ".join(dict.fromkeys(map(judge_of, runs))),
+        "device": ", ".join(sorted(devices)),
         "versions": installed_versions(),
     }
+
+
+def _merged_licences(runs: Sequence[Mapping[str, StageSpec]]) -> list[dict[str, str]]:
+    """What the weights of all runs say of their licences, each part once."""
+    entries = (tuple(entry.items()) for specs in runs for entry in licences_of(specs))
+    return [dict(entry) for entry in dict.fromkeys(entries)]
 
 
 def write_page(specs: Mapping[str, StageSpec], report: Mapping[str, Any]) -> dict[str, bytes]:

@@ -1,18 +1,22 @@
-"""`negfacediff resume` and `retry-failed`: going on with builds as their run records say."""
+"""`negfacediff resume` and `retry-failed`: going on with runs as their records say."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.command import DEFAULTS, Verbose, build_in, with_execution
-from flows.words import command_text, count_text, names_text
+from flows.words import command_text, count_text
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import StoreError
 
 if TYPE_CHECKING:
     from negfacediff_core.config import BuildConfig
-    from negfacediff_core.store.layout import Unit
+    from negfacediff_core.store.layout import StageSpec, Unit
+
+    # By stage directory the units with failed rows, and how many.
+    Failed = Mapping[str, Mapping[Unit, int]]
 
 Store = Annotated[str, typer.Argument(help="Folder or fsspec URL of a store.")]
 Run = Annotated[
@@ -27,7 +31,7 @@ def resume(
     execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
-    """Go on with a build that was interrupted, as its run record says; what is committed stays."""
+    """Go on with a build or a leakage gate that was interrupted, as its record says; what is done stays."""
     from negfacediff_core.store.status import check_store, unfinished
 
     check_store(store)
@@ -36,11 +40,8 @@ def resume(
         if not open_runs:
             print(f"Every run in {store} is complete.")
             return
-        lacking = {name: f"lacks {count_text(units, 'unit')}" for name, units in open_runs.items()}
-        run = _only("resume", store, lacking)
-    build = build_of(store, run)
-    check_same(build, store, run)
-    build_in(store, build, execution, verbose)
+        run = _only("resume", store, {name: _state({}, units) for name, units in open_runs.items()})
+    checked(store, run, execution, verbose)()
 
 
 @with_execution("approve_above_hours")
@@ -50,66 +51,74 @@ def retry_failed(
     execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
 ) -> None:
-    """Make the units of a run again that have failed rows, and what was made from them, and finish the run.
+    """Make units of a run that failed, or have failed rows, and what was made from them again, and finish it.
 
     Images without a face have not failed. What failed for a lasting reason fails in the same way again.
     """
-    from negfacediff_core.store.repair import failed_units, forget_units
-    from negfacediff_core.store.runs import read_runs
+    from negfacediff_core.store.repair import forget_units
+    from negfacediff_core.store.runs import check_run, read_runs
     from negfacediff_core.store.status import check_store, unfinished
-    from tasks.executors import check_available
 
     check_store(store)
+    if run is not None:
+        check_run(store, run)
     names = sorted(read_runs(store)) if run is None else [run]
-    failed = {name: stages for name in names if (stages := failed_units(store, name))}
+    failed = {name: stages for name in names if (stages := _failed(store, name, named=run is not None))}
+    lacking = unfinished(store)
     if run is None:
-        if not failed:
-            left = "; ".join(command_text("resume", store, name) for name in unfinished(store))
-            print(f"No unit has failed rows.{' For units that are missing: ' + left if left else ''}")
+        if not failed and not lacking:
+            print(f"No unit has failed rows. Every run in {store} is complete.")
             return
-        counted = {name: f"has {_rows_text(stages)}" for name, stages in failed.items()}
-        run = _only("retry-failed", store, counted)
-    build = build_of(store, run)
-    check_available(execution, build.samples.precision)
-    check_same(build, store, run)
+        candidates = {
+            name: _state(failed.get(name, {}), lacking.get(name)) for name in sorted({*failed, *lacking})
+        }
+        run = _only("retry-failed", store, candidates)
+    finish = checked(store, run, execution, verbose)
     retried = failed.get(run, {})
     derived = forget_units(store, {path: set(counts) for path, counts in retried.items()})
-    besides = count_text(sum(map(len, derived.values())), "unit")
-    print(f"Pending again: {_rows_text(retried)}, and {besides} made from them.")
+    if run in lacking:
+        print(f"Missing: {count_text(lacking[run], 'unit')}.")
+    if retried or run not in lacking:
+        besides = count_text(sum(map(len, derived.values())), "unit")
+        print(f"Pending again: {_rows_text(retried)}, and {besides} made from them.")
     others = [command_text("resume", store, name) for name in unfinished(store) if name != run]
     if others:
-        print("Other runs share these units; afterwards: " + "; ".join(others))
-    build_in(store, build, execution, verbose)
+        print("Other runs are not complete; afterwards: " + "; ".join(others))
+    finish()
 
 
-def check_same(build: "BuildConfig", store: str, run: str) -> None:
-    """Plan a build, and raise StoreError if it would now make another dataset than its run's record names.
+def checked(store: str, run: str, execution: ExecutionConfig, verbose: bool) -> Callable[[], None]:
+    """Check that a run can go on as its record says, and return what brings it to its end.
 
-    Weights that were exchanged, or a newer version of the code, move a stage to another place.
+    Raises StoreError if there is no such run, or if it would now make another dataset, and as the build or
+    the gate does that made it.
     """
+    from flows.leakage import gate_in, on_cpu, read_gate, stages_of_gate
     from negfacediff_core.stages import plan_build
-    from negfacediff_core.store.runs import read_run
+    from negfacediff_core.store.runs import check_run
+    from tasks.executors import check_available
 
-    recorded = (read_run(store, run) or {"stages": {}})["stages"]
-    for spec in plan_build(build, store):
-        place = recorded.get(spec.name)
-        if place is not None and place["fingerprint"] != spec.fingerprint:
-            raise StoreError(
-                f"The run {run} would not go on but begin anew from its {spec.name}: its weights, files or "
-                f"version of the code are not those that it was made with ({place['fingerprint']} is "
-                f"now {spec.fingerprint}). Bring those back; to make it anew, use negfacediff build with the "
-                "settings in its record."
-            )
+    check_run(store, run)
+    gate = read_gate(store, run)
+    if gate is not None:
+        check_available(on_cpu(execution))
+        _check_same(stages_of_gate(store, run, gate), store, run, "leakage")
+        return partial(gate_in, store, gate.run, gate.settings, on_cpu(execution), verbose)
+    build = build_of(store, run)
+    check_available(execution, build.samples.precision)
+    _check_same(plan_build(build, store), store, run, "build")
+    return partial(build_in, store, build, execution, verbose)
 
 
 def build_of(store: str, run: str) -> "BuildConfig":
     """Return the build that a run record holds; StoreError if there is none, or it is not a build's."""
     from flows.presets import check_build
-    from negfacediff_core.store.runs import read_run, run_names
+    from negfacediff_core.store.runs import check_run, read_run
 
-    record = read_run(store, run)
-    if record is None:
-        raise StoreError(f"There is no run {run} in {store}; runs there: {names_text(run_names(store))}.")
+    check_run(store, run)
+    record = read_run(store, run) or {}
+    if "gate" in record:
+        raise StoreError(f"The run {run} in {store} was made by negfacediff leakage and not by a build.")
     if not isinstance(record.get("config"), dict):
         again = command_text("build", "PRESET", "--store", store, "--set", f"name={run}")
         raise StoreError(
@@ -118,7 +127,55 @@ def build_of(store: str, run: str) -> "BuildConfig":
     return check_build(record["config"], f"the run {run} in {store}")
 
 
-def _rows_text(failed: "Mapping[str, Mapping[Unit, int]]") -> str:
+def _check_same(specs: "Iterable[StageSpec]", store: str, run: str, command: str) -> None:
+    """Raise StoreError if the planned stages of a run are not where its record says.
+
+    Weights that were exchanged, or a newer version of the code, move a stage to another place.
+    """
+    from negfacediff_core.store.runs import read_run
+
+    recorded = (read_run(store, run) or {"stages": {}})["stages"]
+    for spec in specs:
+        place = recorded.get(spec.name)
+        if place is not None and place["fingerprint"] != spec.fingerprint:
+            raise StoreError(
+                f"The run {run} would not go on but begin anew from its {spec.name}: its weights, files or "
+                f"version of the code are not those that it was made with ({place['fingerprint']} is "
+                f"now {spec.fingerprint}). Bring those back; to make it anew, use negfacediff {command} with "
+                "the settings in its record."
+            )
+
+
+def _failed(store: str, run: str, named: bool) -> "Failed":
+    """Return the failed rows of a run that are its own.
+
+    What a leakage gate has kept are copies: they are made again with the run that the gate looked at.
+    StoreError says so if it was `named`.
+    """
+    from flows.leakage import holds_kept, read_gate
+    from negfacediff_core.store.repair import failed_units
+
+    failed = failed_units(store, run)
+    gate = read_gate(store, run)
+    if not failed or gate is None or not holds_kept(run, gate):
+        return failed
+    if named:
+        raise StoreError(
+            f"What failed in {run} is a copy of what failed in {gate.run}: "
+            f"{command_text('retry-failed', store, gate.run)}; afterwards: "
+            f"{command_text('resume', store, run)}"
+        )
+    return {}
+
+
+def _state(failed: "Failed", lacking: int | None) -> str:
+    """Say what a run has that failed, and what it lacks; None where it is complete."""
+    parts = [f"has {_rows_text(failed)}"] if failed else []
+    parts += [] if lacking is None else [f"lacks {count_text(lacking, 'unit')}"]
+    return " and ".join(parts)
+
+
+def _rows_text(failed: "Failed") -> str:
     """Count failed rows and their units over stages."""
     rows = count_text(sum(sum(counts.values()) for counts in failed.values()), "failed row")
     return f"{rows} in {count_text(sum(map(len, failed.values())), 'unit')}"

@@ -48,7 +48,7 @@ def verify(
     found = survey(store, run, share, seed)
     findings = list(found.findings)
     with CallbackBar("verify", "MB") as bar:
-        findings += check_units(found.units, workers, lambda done, size: bar(_mb(done), _mb(size)))
+        findings += check_units(found.units, workers, lambda done, size: bar(*_megabytes(done, size)))
     checked = sum(stored.size for stored in found.units)
     seconds = max(time.monotonic() - begun, 1e-3)
     print(
@@ -80,7 +80,10 @@ def gc(
     """
     from negfacediff_core.store.gc import find_rubbish, remove
 
-    rubbish = find_rubbish(store)
+    def say_linked(path: str) -> None:
+        print(f"{path} is a symbolic link: what lies behind it was not looked at.")
+
+    rubbish = find_rubbish(store, say_linked)
     if not rubbish:
         print("There is nothing to remove.")
         return
@@ -93,8 +96,11 @@ def gc(
     if not delete:
         print(f"Nothing was removed. To remove {size_text(total)}: {command_text('gc', store, '--delete')}")
         return
-    gone = [one for one in rubbish if remove(store, one)]
-    print(f"Removed {size_text(sum(one.size for one in gone))}.")
+    went = {one: remove(store, one) for one in rubbish}
+    print(f"Removed {size_text(sum(one.size for one in rubbish if went[one]))}.")
+    stayed = [one.path for one in rubbish if not went[one]]
+    if stayed:
+        print(f"Not removed, as it has come into use meanwhile: {names_text(stayed)}.")
 
 
 def logs(
@@ -233,7 +239,7 @@ def _print_unit(spec: "StageSpec", unit: "Unit") -> None:
     if spec.location.exists(path):
         print(f"  last failure, {spec.directory}/{path}:")
         for line in spec.location.read_bytes(path).decode(errors="replace").splitlines():
-            print(f"    {line}")
+            print(f"    {_harmless(line)}")
     else:
         print("  no failure was logged")
 
@@ -242,6 +248,15 @@ def _total(units: Mapping[str, Any]) -> str:
     return count_text(sum(map(len, units.values())), "unit")
 
 
-def _mb(size: int) -> int:
-    """Whole megabytes, the last begun one counted: a bar in bytes could not be read."""
-    return -(-size // 1_000_000)
+def _harmless(line: str) -> str:
+    """Write out what a terminal would obey: whatever a log holds, it is only shown."""
+    return "".join(
+        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode()
+        for char in line
+    )
+
+
+def _megabytes(done: int, size: int) -> tuple[int, int]:
+    """Return bytes done and in all as whole megabytes for a bar; only the last byte fills the last one."""
+    total = -(-size // 1_000_000)
+    return (total if done == size else done // 1_000_000), total

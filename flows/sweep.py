@@ -3,15 +3,13 @@
 import json
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from prefect import flow
 from pydantic import Field, ValidationError
 
 from flows.build import DEFAULT_EXECUTION, build_dataset
-from flows.presets import SUFFIXES, explain, load_build
+from flows.presets import explain, load_build, read_values
 from flows.sweep_page import plot_of, table_of
 from negfacediff_core.config import BuildConfig, ExecutionConfig, Model, Seed
 from negfacediff_core.errors import ConfigError
@@ -49,29 +47,33 @@ class Case(NamedTuple):
     build: BuildConfig
 
 
-def sweep_names() -> list[str]:
-    """Return the names of the sweeps that ship."""
-    folder = files("deployments") / "sweeps"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+def sweep_texts() -> dict[str, str]:
+    """Return the sweeps that ship: name -> YAML text, sorted by name."""
+    found = {item.name: item for item in (files("deployments") / "sweeps").iterdir()}
+    return {
+        name.removesuffix(".yaml"): found[name].read_text(encoding="utf-8")
+        for name in sorted(found)
+        if name.endswith(".yaml")
+    }
+
+
+def sweep_text(name: str) -> str:
+    """Return the YAML text of the sweep `name`; raises ConfigError."""
+    texts = sweep_texts()
+    if name not in texts:
+        raise ConfigError(
+            f"There is no sweep {name!r}: sweeps are {', '.join(texts)}; a file of your own ends in .yaml."
+        )
+    return texts[name]
 
 
 def load_sweep(source: str) -> Sweep:
     """Read a shipped sweep by name, or a YAML file; raises ConfigError."""
-    if Path(source).suffix in SUFFIXES:
-        path: Any = Path(source)
-    elif source in sweep_names():
-        path = files("deployments") / "sweeps" / f"{source}.yaml"
-    else:
-        raise ConfigError(
-            f"There is no sweep {source!r}: sweeps are {', '.join(sweep_names())}, or a YAML file."
-        )
+    values = read_values(source, sweep_text)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Sweep.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {explain(error, Sweep)}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"The sweep {source} cannot be read ({error}).") from error
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -97,6 +99,7 @@ def run_sweep(
     Returns the rows: `variation`, `group`, `seed` and the figures of each build.
     """
     folder = locate(out)
+    folder.check_writable()
     rows: list[dict[str, Any]] = []
     for case in cases(sweep):
         figures = build_dataset(case.build, execution, store)["figures"]

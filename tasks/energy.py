@@ -26,11 +26,15 @@ class Energy:
         self._used = 0.0
 
     def read(self) -> None:
-        """Add what was used since the last reading."""
-        for number, (counter, wraps_at) in enumerate(self._counters):
-            now = counter()
-            self._used += (now - self._last[number]) % wraps_at if wraps_at else now - self._last[number]
-            self._last[number] = now
+        """Add what was used since the last reading; a counter that has gone leaves no figure at all."""
+        try:
+            readings = [counter() for counter, _ in self._counters]
+        except Exception:  # files and the NVML have errors of their own; the work goes on without
+            self._counters = []
+        for number, (_, wraps_at) in enumerate(self._counters):
+            used = readings[number] - self._last[number]
+            self._used += used % wraps_at if wraps_at else used
+        self._last = readings if self._counters else []
 
     @property
     def joules(self) -> float | None:
@@ -60,9 +64,10 @@ def measured() -> Iterator[Energy]:
 def processors() -> Iterator[tuple[Reading, float]]:
     """Yield the counter of each processor package in joules, and where it wraps around."""
     for folder in sorted(POWERCAP.glob("intel-rapl:*")):
-        if folder.name.count(":") > 1:  # a part of a package, counted in it already
-            continue
         try:
+            # parts of a package are counted in it already, and it in that of the whole platform
+            if not (folder / "name").read_text().startswith("package"):
+                continue
             wraps_at = int((folder / "max_energy_range_uj").read_text()) / 1e6
             (folder / "energy_uj").read_text()
         except (OSError, ValueError):

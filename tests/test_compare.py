@@ -1,19 +1,34 @@
 """Comparing finished runs, and sweeps of builds, on tiny random weights."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.build import build_dataset
 from flows.cli import BAD_INPUT, main
-from flows.compare import compare, read_datasets
+from flows.compare import (
+    Dataset,
+    _what_sheets_share,
+    _why_unpaired,
+    compare,
+    read_datasets,
+    write_comparison,
+)
+from flows.results import figures_of, report_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.evaluation.figures import check_report
+from negfacediff_core.evaluation.schema import report_schema
+from negfacediff_core.stages.evaluation import RESAMPLES
 from negfacediff_core.store.layout import fingerprint
+from negfacediff_core.store.records import read_record, records, write_record
 
 THREADS = ExecutionConfig(workers=1, device="cpu")
 
@@ -58,9 +73,99 @@ def test_runs_stand_side_by_side_with_everything_that_is_promised(store, tmp_pat
         *(f"{plot}.{form}" for plot in ("histogram", "det") for form in ("png", "svg")),
         "contact_sheet.png",
     }
+    assert report["title"] == "plain and far" and report["warnings"] == report["notes"] == []
+    assert "same noise" in report["captions"]["contact_sheet"]
     for dataset in report["datasets"]:
+        assert dataset["seconds"] > 0 and {"generator", "judge", "protocol"} <= dataset["settings"].keys()
         own = json.loads(Path(store, "runs", f"{dataset['name']}.json").read_text())["stages"]
         assert dataset["lineage"] == {name: place["fingerprint"] for name, place in own.items()}
+
+
+def test_reports_of_one_dataset_and_of_several_fit_the_published_schema(store, tmp_path):
+    check = Draft202012Validator(report_schema(), format_checker=Draft202012Validator.FORMAT_CHECKER).validate
+    datasets = read_datasets(store, ["plain", "far"])
+    check(compare(store, ["plain", "far"], str(tmp_path)))
+    far = datasets["far"]
+    check(json.loads(json.dumps(report_of("far", [figures_of(*far)], [far.stages], 1.0))))
+
+
+def changed(dataset, stage, **config):
+    """The dataset as if a stage had been made with other settings."""
+    spec = dataset.stages[stage]
+    return Dataset(dataset.run, {**dataset.stages, stage: replace(spec, config={**spec.config, **config})})
+
+
+def test_other_judges_and_protocols_are_said_loudly_and_all_are_named(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.compare.publish", lambda *arguments: None)
+    datasets = read_datasets(store, ["plain", "far"])
+    embedded = datasets["far"].stages["embeddings"]
+    judge = replace(embedded.weights["judge"], path="/elsewhere/judge.onnx", sha256={"judge.onnx": "ab" * 32})
+    embedded = replace(embedded, weights={**embedded.weights, "judge": judge})
+    datasets["far"] = Dataset("far", {**datasets["far"].stages, "embeddings": embedded})
+    monkeypatch.setattr("flows.compare.protocol_of", lambda specs: str(specs["embeddings"] is embedded))
+    report = write_comparison("both", datasets, str(tmp_path))
+    assert [re.search(r"the (\w+) differ", words)[1] for words in report["warnings"]] == [
+        "judges",
+        "protocols",
+    ]
+    assert "far: elsewhere/judge.onnx (SHA-256 abababababab...)" in report["warnings"][0]
+    assert len(report["judge"].split("; ")) == 2
+    parts = [entry["source"] for entry in report["licences"] if entry["part"] == "embeddings: judge"]
+    assert len(parts) == 2 and "elsewhere/judge.onnx" in parts[1]
+    page = (tmp_path / "report.html").read_text()
+    assert page.index('class="warning"') < page.index("<h2>Figures")
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"protocol": "paper"}, "protocol paper"),
+        ({"bootstrap": 0}, "evaluation.bootstrap is 0"),
+        ({"seed": 7, "identities": 4}, r"other identities \(4 and 5\), seed \(7 and 0\)"),
+        ({}, ""),
+    ],
+)
+def test_why_a_difference_has_no_interval_is_said(store, config, reason):
+    datasets = read_datasets(store, ["plain", "far"])
+    one, two = changed(datasets["far"], "evaluation", **config), datasets["plain"]
+    why = _why_unpaired(one.stages["evaluation"], two.stages["evaluation"])
+    assert re.search(reason, why) and bool(why) == bool(reason)
+
+
+def test_the_sheets_caption_claims_only_what_is_so(store):
+    plain, far = read_datasets(store, ["plain", "far"]).values()
+    assert "same noise" in _what_sheets_share([plain.stages, far.stages])
+    assert "the noise is another" in _what_sheets_share(
+        [plain.stages, changed(far, "samples", seed=9).stages]
+    )
+    other = changed(far, "contexts", seed=9)
+    assert "need not be one identity" in _what_sheets_share([plain.stages, other.stages])
+
+
+def test_a_run_that_kept_no_draws_is_compared_without_intervals(store, tmp_path, monkeypatch):
+    """Evaluations of the first version hold figures, and neither operating points nor draws."""
+    monkeypatch.setattr("flows.compare.publish", lambda *arguments: None)
+    copy = shutil.copytree(store, tmp_path / "store")
+    datasets = read_datasets(str(copy), ["plain", "far"])
+    spec = datasets["far"].stages["evaluation"]
+    record = read_record(spec, spec.grid.units()[0])
+    held = {path: digest for path, digest in record.sha256.items() if not path.endswith(RESAMPLES)}
+    write_record(spec, replace(record, sha256=held))
+    report = write_comparison("both", datasets, str(tmp_path / "out"))
+    assert len(report["notes"]) == 1 and "older version" in report["notes"][0]
+    assert not any(key.endswith("_difference") for key in report["datasets"][1])
+
+
+def test_the_same_store_gives_the_same_page(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("flows.compare.publish", lambda *arguments: None)
+    pages = []
+    for name in ("one", "two"):
+        write_comparison("both", read_datasets(store, ["plain", "far"]), str(tmp_path / name))
+        pages.append((tmp_path / name / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+    stages = [spec for one in read_datasets(store, ["plain", "far"]).values() for spec in one.stages.values()]
+    newest = datetime.fromtimestamp(max(r.finished for spec in stages for r in records(spec)), UTC)
+    assert f"{newest:%Y-%m-%d};".encode() in pages[0]
 
 
 def test_a_comparison_needs_neither_weights_nor_the_code_that_made_them(store, tmp_path):

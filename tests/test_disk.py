@@ -211,6 +211,49 @@ def test_a_store_that_vanishes_is_not_made_anew_by_a_commit(what, tmp_path, monk
     assert records.pending(spec) == []
 
 
+@pytest.mark.parametrize("what", ["store", "stage"])
+def test_a_store_that_vanishes_within_a_commit_is_not_made_anew(what, tmp_path, monkeypatch, whole):
+    store = tmp_path / "store"
+    spec = make_spec(store)
+    shards.prepare(spec)
+    gone = store if what == "store" else Path(spec.directory)
+    elsewhere = tmp_path / "elsewhere"
+
+    def move_at(step):
+        left = [step]
+
+        def observe(_):
+            if not left[0]:
+                gone.rename(elsewhere)
+            left[0] -= 1
+
+        return observe
+
+    for step in range(STEPS):
+        monkeypatch.setattr(faults, "hook", move_at(step))
+        with pytest.raises(PlaceError, match="has gone; if a disk was unmounted, mount it"):
+            commit(spec, UNIT)
+        monkeypatch.setattr(faults, "hook", None)
+        assert not gone.exists()
+        elsewhere.rename(gone)
+        # at the last step the record has its name already
+        assert records.committed(spec) == ([UNIT] if step == STEPS - 1 else [])
+    for unit in spec.grid.units():
+        commit(spec, unit)
+    assert promises([spec]) == promises([whole])
+
+
+def test_only_what_makes_a_place_makes_it(tmp_path):
+    place = locate(str(tmp_path / "a" / "store"))
+    for write in (lambda: place.write_atomic("folder/file", b""), lambda: place.touch("file")):
+        with pytest.raises(PlaceError, match="has gone"):
+            write()
+        assert not (tmp_path / "a").exists()
+    place.check_writable()
+    place.write_atomic("folder/file", b"")
+    assert place.names("folder") == ["file"]
+
+
 def test_what_reads_back_otherwise_is_not_recorded(tmp_path, monkeypatch):
     spec = make_spec(tmp_path)
     shards.prepare(spec)

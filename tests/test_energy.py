@@ -11,9 +11,10 @@ from tasks import energy
 
 @pytest.fixture
 def powercap(tmp_path, monkeypatch):
-    """One processor of 1,000 J around, with a part of it that must not be counted twice."""
-    for name in ("intel-rapl:0", "intel-rapl:0:0"):
+    """One processor of 1,000 J around, with a part and a whole of it that must not be counted as well."""
+    for name, zone in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "psys")):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{zone}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
         (tmp_path / name / "energy_uj").write_text("400000000\n")
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
@@ -22,11 +23,19 @@ def powercap(tmp_path, monkeypatch):
 
 
 def test_energy_is_counted_over_a_wrap_around(powercap):
+    whole = powercap.parents[1] / "intel-rapl:1" / "energy_uj"
     with energy.measured() as used:
         powercap.write_text("900000000")
         used.read()
         powercap.write_text("100000000")
+        whole.write_text("990000000")
     assert used.joules == pytest.approx(700)
+
+
+def test_a_counter_that_goes_away_costs_the_figure_and_not_the_work(powercap):
+    with energy.measured() as used:
+        powercap.unlink()
+    assert used.joules is None
 
 
 def test_readings_in_between_catch_every_wrap_around(powercap, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from small_stage import commit, make_spec
+from stored_files import results
 
 from negfacediff_core.errors import StoreError
 from negfacediff_core.store import faults, gc, records, shards
@@ -280,3 +281,57 @@ def test_an_object_store_is_cleaned_in_the_same_way(tmp_path, monkeypatch):
     assert [spec.path for spec in stages(url)] == [kept.path]
     assert other.location.walk("") == []
     assert records.pending(kept) == []
+
+
+def test_a_store_whose_name_is_a_pattern_loses_what_is_its_own(tmp_path, monkeypatch):
+    """`run[1]` and `run*` match `run1`, which is another store."""
+    stores = [f"memory://{tmp_path.name}/{name}" for name in ("run1", "run[1]", "run*")]
+    for url in stores:
+        bind(url, "kept", filled(url))
+        filled(url, config={"w": 0.9})
+    whole = [results(url) for url in stores]
+    monkeypatch.setattr(gc, "ABANDONED", -1.0)
+    for place in (1, 2):
+        (only,) = find_rubbish(stores[place])
+        assert remove(stores[place], only)
+        assert find_rubbish(stores[place]) == []
+        assert results(stores[0]) == whole[0]
+    assert [len(results(url)) < len(before) for url, before in zip(stores, whole, strict=True)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_stage_that_is_prepared_while_gc_looks_is_passed_over(store, monkeypatch):
+    other = make_spec(store, inputs={}, config={"w": 0.1})
+    place = type(other.location)
+    for verb in ("walk", "names"):
+        look = getattr(place, verb)
+
+        def looking(self, path, look=look):
+            found = look(self, path)
+            shards.prepare(other)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, verb, looking)
+            (only,) = find_rubbish(str(store))
+        assert only.path == make_spec(store, inputs={}, config={"w": 0.9}).path
+        other.location.remove("")
+
+
+@pytest.mark.parametrize("level", ["stage", "directory"])
+def test_what_lies_behind_a_link_is_named_and_passed_over(level, store, tmp_path_factory):
+    """Other stores may use what lies there."""
+    unneeded = make_spec(store, inputs={}, config={"w": 0.9})
+    folder = Path(unneeded.directory) if level == "directory" else store / "samples"
+    elsewhere = tmp_path_factory.mktemp("disk") / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    age(elsewhere)
+    before = files(elsewhere)
+    named = []
+    assert find_rubbish(str(store), named.append) == find_rubbish(str(store)) == []
+    assert named == [str(folder.relative_to(store))]
+    assert files(elsewhere) == before

@@ -8,10 +8,13 @@ import pytest
 from context_material import save_pictures
 from prefect.testing.utilities import prefect_test_harness
 from stage_builds import make
+from stored_files import results
 
 from flows.cli import main
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.gc import find_rubbish
+from negfacediff_core.store.layout import Unit
+from negfacediff_core.store.repair import forget_units
 from negfacediff_core.store.runs import read_run, stages_of_run, write_run
 from negfacediff_core.store.status import unfinished
 
@@ -39,15 +42,34 @@ def leakage(store, *options):
     return stop.value.code
 
 
-def test_images_that_leak_are_counted_flagged_and_dropped(store, tmp_path, capsys):
-    stages = stages_of_run(str(store), "tiny")
-    embeddings = read_array(stages["embeddings"], "embedding", 5, 3)
-    valid = read_column(stages["embeddings"], "status", 5, 3) == "ok"
+def again(command, store, *options):
+    """Run a command that goes on with a run; its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(store), *options, "--workers", "2"])
+    return stop.value.code
+
+
+def data_of(store):
+    """What a store holds but for its pages, which tell what the work took."""
+    return {path: content for path, content in results(store).items() if not path.endswith(".html")}
+
+
+def leaky_gallery(store, folder):
+    """Embeddings of 150 strangers and of one image of the run; and which images of the run show a face."""
+    embedded = stages_of_run(str(store), "tiny")["embeddings"]
+    embeddings = read_array(embedded, "embedding", 5, 3)
+    valid = read_column(embedded, "status", 5, 3) == "ok"
     own = embeddings[valid][0] / np.linalg.norm(embeddings[valid][0])
     strangers = own + 0.03 * np.random.default_rng(0).standard_normal((150, len(own)))
-    file = tmp_path / "gallery.npz"
+    file = folder / "gallery.npz"
     names = [f"stranger {number}" for number in range(150)] + ["a training image"]
     np.savez(file, embeddings=np.concatenate([strangers, own[None]]).astype(np.float32), names=names)
+    return file, valid
+
+
+def test_images_that_leak_are_counted_flagged_and_dropped(store, tmp_path, capsys):
+    stages = stages_of_run(str(store), "tiny")
+    file, valid = leaky_gallery(store, tmp_path)
 
     assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
     said = capsys.readouterr()
@@ -75,6 +97,60 @@ def test_images_that_leak_are_counted_flagged_and_dropped(store, tmp_path, capsy
     records = {path: path.read_bytes() for path in store.glob("*/*/done/*.json")}
     assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
     assert {path: path.read_bytes() for path in store.glob("*/*/done/*.json")} == records
+
+
+def test_a_gate_and_what_it_kept_are_gone_on_with_by_their_records(store, tmp_path, capsys):
+    file, _ = leaky_gallery(store, tmp_path)
+    assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
+    whole = data_of(store)
+    record = read_run(str(store), "tiny.kept")
+    assert record["gate"]["run"] == "tiny" and record["gate"]["settings"]["gallery"] == str(file)
+    kept = stages_of_run(str(store), "tiny.kept")
+    compared = read_run(str(store), "tiny.leakage")["stages"]["neighbours"]["fingerprint"]
+
+    forget_units(str(store), {kept["evaluation"].path: {Unit(0, 0)}})
+    assert list(unfinished(str(store))) == ["tiny.kept"]
+    capsys.readouterr()
+    assert again("resume", store) == 0
+    assert "11,325 impostor pairs" in capsys.readouterr().out
+    assert unfinished(str(store)) == {} and data_of(store) == whole
+
+    forget_units(str(store), {f"neighbours/{compared}": {Unit(0, 0)}})
+    assert sorted(unfinished(str(store))) == ["tiny.kept", "tiny.leakage"]
+    assert again("retry-failed", store, "tiny.leakage") == 0
+    assert "Missing: " in capsys.readouterr().out
+    assert unfinished(str(store)) == {} and data_of(store) == whole
+
+    np.savez(file, embeddings=np.random.default_rng(1).standard_normal((151, 16)).astype(np.float32))
+    for name in ("tiny.leakage", "tiny.kept"):
+        assert again("resume", store, name) == 2
+        said = capsys.readouterr().err
+        assert f"The run {name} would not go on but begin anew" in said and "negfacediff leakage" in said
+    assert data_of(store) == whole
+
+
+def test_a_gallery_that_failed_is_read_again_with_all_that_was_compared_with_it(store, tmp_path, capsys):
+    gallery = save_pictures(tmp_path / "people", range(4))
+    (gallery / "broken.png").write_bytes(b"no picture")
+    assert leakage(store, "--gallery", gallery) == 0
+    whole = data_of(store)
+    capsys.readouterr()
+    assert again("retry-failed", store, "tiny.leakage") == 0
+    made = len(stages_of_run(str(store), "tiny")["aligned"].grid.units()) + 1
+    said = capsys.readouterr().out
+    assert f"Pending again: 1 failed row in 1 unit, and {made} units made from them." in said
+    assert data_of(store) == whole and "tiny.leakage" not in unfinished(str(store))
+
+
+def test_a_kept_run_cannot_be_dropped_from_again(store, tmp_path, capsys):
+    record = read_run(str(store), "tiny")
+    gate = {"run": "tiny", "settings": {"gallery": "people", "policy": "drop"}}
+    write_run(str(store), "tiny.kept", {**record, "config": None, "gate": gate})
+    file, _ = leaky_gallery(store, tmp_path)
+    asked = ["--gallery", str(file), "--policy", "drop", "--fmr", "0.001"]
+    assert again("leakage", store, "tiny.kept", *asked) == 2
+    assert "was made by negfacediff leakage and not by a build" in capsys.readouterr().err
+    (store / "runs" / "tiny.kept.json").unlink()
 
 
 def test_pictures_are_drawn_when_asked(store, tmp_path, capsys):

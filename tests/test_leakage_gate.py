@@ -335,9 +335,13 @@ def test_the_recogniser_that_conditioned_the_generator_is_refused(tiny_build, ti
     assert not plan_gate(str(store), "tiny", LeakageConfig(gallery=people)).conditioner_known
 
 
-def test_a_run_that_is_not_finished_is_refused(store, tmp_path):
+def test_a_run_that_is_not_finished_is_refused(built, tmp_path):
+    store = shutil.copytree(built, tmp_path / "my store")
     next((store / "embeddings").rglob("done/*.json")).unlink()
     people = str(save_pictures(tmp_path / "people", range(3)))
     refused(
-        StoreError, "1 units .* of the run tiny are missing: .* negfacediff resume", store, gallery=people
+        StoreError,
+        "1 units .* of the run tiny are missing: .* negfacediff resume '.*/my store' tiny",
+        store,
+        gallery=people,
     )

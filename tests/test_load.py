@@ -9,9 +9,9 @@ from small_stage import make_spec
 
 from flows.build import pending_lines
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.store.layout import establish
 from negfacediff_core.store.records import Record, pending, records, write_record
 from negfacediff_core.store.runs import write_run
+from negfacediff_core.store.shards import prepare
 from negfacediff_core.store.status import status
 from tasks import chunks
 from tasks.executors import Pool
@@ -25,7 +25,7 @@ SECONDS = 10.0
 def stage(tmp_path_factory):
     store = tmp_path_factory.mktemp("load")
     spec = make_spec(store, identities=4 * UNITS, inputs={}, arrays=())
-    establish(spec)
+    prepare(spec)
     place = {"fingerprint": spec.fingerprint, "identities": 4 * UNITS, "replicates": 4}
     write_run(str(store), "load", {"stages": {"samples": place}})
     return spec

@@ -230,6 +230,26 @@ def test_what_was_damaged_on_s3_is_found(store):
         shards.read_arrays(spec, Unit(0, 0))
 
 
+def test_an_address_that_is_a_pattern_removes_nothing_of_another(store):
+    """`run[1]` and `run*` match `run1`, which is another place."""
+    places = [locate(f"{store}/{name}") for name in ("run1", "run[1]", "run*")]
+    for place in places:
+        for path in ("file", "folder/a", "folder/b/c", "folder[1]/d"):
+            place.write_atomic(path, path.encode())
+    before = [entry.path for entry in places[0].walk("")]
+    for place in places[1:]:
+        assert [entry.path for entry in place.walk("")] == before
+        assert place.exists("folder/b/c") and not place.exists("folder/[ab]")
+        assert place.names("folder") == ["a", "b"]
+        place.remove("fil[e]")
+        place.remove("folder")
+        assert [entry.path for entry in place.walk("")] == ["file", "folder[1]/d"]
+        place.remove("file")
+        place.remove("")
+        assert place.walk("") == []
+    assert [entry.path for entry in places[0].walk("")] == before
+
+
 # --- processes that die or meet
 
 

@@ -6,13 +6,16 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import s3_server
+from noted_units import Direct
 from small_stage import commit
-from stage_builds import EXECUTION, changed
+from stage_builds import EXECUTION, changed, planned
 from stored_files import results
 from test_gc import bind, filled
 from test_store_commands import build, run
 
+from flows import build as flow
 from flows import cli, resume
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.store import gc, records
 from negfacediff_core.store.layout import Unit, array_path
@@ -68,6 +71,21 @@ def rebuilding(monkeypatch):
 
 
 made: list[int] = []
+
+
+@pytest.mark.slow
+def test_dask_workers_on_s3_make_what_a_local_build_makes(server, config, folder, monkeypatch):
+    """The workers are processes: each finds the store by its address, and the keys in the environment."""
+    store = "s3://bucket/dask"
+    specs = planned(config, store)
+    monkeypatch.setattr(flow, "run_chunk", Direct)
+    execution = ExecutionConfig(executor="dask", workers=2, device="cpu")
+    with open_pool(execution) as pool:
+        crew = chunks.Crew(pool, execution, lambda stage: None, lambda stage, rows: None, threading.Event())
+        for group in flow.GROUPS:
+            flow.finish([specs[name] for name in group], crew)
+    assert all(records.pending(spec) == [] for spec in specs.values())
+    assert results(store) == results(folder)
 
 
 def stage(store, name):

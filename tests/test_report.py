@@ -1,6 +1,7 @@
 """Pictures and the HTML report: what they show, that they stand alone, that foreign text is escaped."""
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -8,14 +9,17 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.evaluation.figures import FIGURES, GROUPS, check_report
 from negfacediff_core.evaluation.plots import COLOURS, ScorePanel, det_curves, score_histogram
 from negfacediff_core.evaluation.report import render_report
+from negfacediff_core.evaluation.schema import report_schema
 from negfacediff_core.evaluation.scores import Distribution
 from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
+from negfacediff_core.stages.models import PROJECT
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -207,14 +211,107 @@ def test_report_shows_figures_side_by_side_with_differences():
     second = dataset(rule="far", w=0.5, fdr=4.5, eer=0.06, detected_fraction=0.25, fdr_interval=[4.0, 5.25])
     page = Page(render_report(report(dataset(fdr_interval=[1.75, 2.25]), second), {}))
     assert page.row("FDR") == ["FDR", "2.00[1.75, 2.25]", "4.50[4.00, 5.25]+2.50"]
-    assert page.row("EER") == ["EER", "12.50%", "6.00%-6.50 points"]
-    assert page.row("Genuine mean")[1:] == ["0.500", "0.500+0.000"]
+    assert page.row("EER") == ["EER", "12.50%", "6.00%−6.50 points"]
+    assert page.row("Genuine mean")[1:] == ["0.500", "0.5000.000"]
     assert page.row("rule") == ["rule", "none", "far"]
     assert ["", "none, w = 0", "far, w = 0.5"] in page.rows
     text = "".join(page.words)
     assert "FDR goes from 2.00 to 4.50 (×2.25)" in text
     kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
     assert kinds.count("difference better") == 2 and kinds.count("difference worse") == 1
+
+
+@pytest.mark.parametrize(
+    "eer, limits, words, kind",
+    [
+        (0.0852, [-0.0753, 0.006], "−3.98 [−7.53, +0.60] points", "difference"),
+        (0.0852, [-0.0753, -0.006], "−3.98 [−7.53, −0.60] points", "difference better"),
+        (0.1648, [0.006, 0.0753], "+3.98 [+0.60, +7.53] points", "difference worse"),
+        (0.12499, [-0.02, -0.00001], "0.00 [−2.00, 0.00] points", "difference"),
+        (0.1252, None, "+0.02 points", "difference worse"),
+        (0.12501, None, "0.00 points", "difference"),
+    ],
+)
+def test_differences_have_a_sign_a_unit_and_a_colour_where_they_say_something(eer, limits, words, kind):
+    second = dataset(eer=eer) | ({"eer_difference": limits} if limits else {})
+    html = render_report(report(dataset(), second), {})
+    assert f'<span class="{kind}">{words}</span>' in html
+
+
+def test_what_rounds_to_zero_has_no_sign_and_what_is_negative_a_minus():
+    page = Page(render_report(report(dataset(impostor_mean=-0.0001, genuine_mean=-0.25)), {}))
+    assert page.row("Impostor mean")[1] == "0.000" and page.row("Genuine mean")[1] == "−0.250"
+
+
+def test_the_lead_of_several_is_the_best_against_the_first():
+    first, best = dataset(name="a"), dataset(name="c", fdr=4.0, eer=0.0625)
+    others = [dataset(name="b", fdr=3.0), dataset(name="n", fdr=None, eer=None)]
+    page = render_report(report(first, others[0], best, others[1]), {})
+    assert (
+        "From a to c, the best by FDR of 4 datasets, FDR goes from 2.00 to 4.00 (×2.00) and EER from 12.5% "
+        "to 6.2%." in page
+    )
+    page = render_report(report(best, first, others[0]), {})
+    assert "Of 3 datasets c, the first, has the highest FDR: 4.00, with an EER of 6.2%." in page
+
+
+def test_what_does_not_compare_is_said_before_all_and_shows_no_winner():
+    warning = "These figures are not comparable, for the judges differ."
+    whole = report(dataset(), dataset(fdr=4.5), warnings=[warning])
+    text = "".join(Page(render_report(whole, {})).words)
+    assert text.index(warning) < text.index("s of work")
+    assert "FDR goes from" not in text
+    html = render_report(whole, {})
+    assert "difference better" not in html and "difference worse" not in html and "+2.50" in html
+
+
+def test_notes_captions_and_the_date_are_shown():
+    picture = contact_sheet([SheetPanel("a", images(0, 1, 1))])
+    given = {"notes": ["No interval, for A < B."], "captions": {"contact_sheet": "Same noise."}}
+    text = "".join(
+        Page(render_report(report(made="2026-03-01", **given), {"contact_sheet.png": picture})).words
+    )
+    assert "2026-03-01; 12 s of work on cpu" in text
+    assert "No interval, for A < B." in text and "Click or tap to enlarge. Same noise." in text
+
+
+def test_operating_points_and_attributes_have_their_tables():
+    def point(most, fnmr, threshold):
+        return {"fmr_at_most": most, "fmr": most, "fnmr": fnmr, "threshold": threshold}
+
+    first = dataset(at_fmr=[point(0.1, 0.02, -0.05), point(0.001, 0.5, 0.25), point(0.0, 1.0, None)])
+    second = dataset(at_fmr=[point(0.1, 0.01, 0.125)], attributes={"dark & light": 3, "b": 1})
+    page = Page(render_report(report(first, second), {}))
+    assert page.row("10%") == ["10%", "2.00%from −0.050", "1.00%from 0.125"]
+    assert page.row("0.1%") == ["0.1%", "50.00%from 0.250", "n/a"]
+    assert page.row("0%") == ["0%", "100.00%none matches", "n/a"]
+    assert page.row("dark & light") == ["dark & light", "n/a", "3 (75.0%)"]
+    assert "Operating points" not in render_report(report(), {})
+
+
+def test_intervals_and_differences_are_explained_where_they_are_shown():
+    def terms(*datasets):
+        tags = Page(render_report(report(*datasets), {})).tags
+        return {a["id"] for tag, a in tags if tag == "dt"} & {"interval", "difference"}
+
+    assert terms(dataset()) == set()
+    assert terms(dataset(fdr_interval=[1.0, 3.0])) == {"interval"}
+    assert terms(dataset(), dataset()) == {"difference"}
+
+
+def test_the_published_schema_is_that_of_the_figures_and_can_fail():
+    path = PROJECT / "docs" / "report.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    assert schema == report_schema(), f"write json.dumps(report_schema(), indent=2) to {path}"
+    Draft202012Validator.check_schema(schema)
+    judge = Draft202012Validator(schema)
+    assert judge.is_valid(report(dataset(eer=None, fdr_interval=[1.0, 3.0])))
+    assert not judge.is_valid(report(dataset(eer="12%")))
+    assert not judge.is_valid(report(dataset(fdr_interval=[1.0])))
+    assert not judge.is_valid(report(dataset(lineage={"samples": "aa11"})))
+    broken = dataset()
+    del broken["fdr"]
+    assert not judge.is_valid(report(broken))
 
 
 def test_report_stands_alone_and_embeds_the_pictures():

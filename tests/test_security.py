@@ -21,7 +21,7 @@ from small_stage import make_spec
 from stage_builds import changed, make
 
 from flows import launch, presets, results
-from negfacediff_core.contexts import load_contexts, load_identities
+from negfacediff_core.contexts import files, load_contexts, load_identities
 from negfacediff_core.diffusion.checkpoint import load_generator
 from negfacediff_core.diffusion.release_config import CONFIG_FILE
 from negfacediff_core.diffusion.state_dicts import read_nested, read_state_dict
@@ -307,7 +307,7 @@ def built(tiny_build, tiny_pack, tmp_path_factory):
         specs = make(build, folder / "store")
         results.record_run(build, specs, str(folder / "store"), 1.0)
         figures = results.figures_of(build.name, specs)
-        report = results.report_of(f"Dataset {build.name}", [figures], specs, 1.0)
+        report = results.report_of(f"Dataset {build.name}", [figures], [specs], 1.0)
         results.write_page(specs, report)
         try:
             try:
@@ -352,7 +352,7 @@ def test_markup_in_whatever_the_report_takes_stays_text():
         "judge": evil,
         "versions": {evil: evil},
     }
-    page = render_report(report, {evil: b"png"})
+    page = render_report(report, {f"{evil}.png": b"png"})
     assert "<script" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;") > 10
 
@@ -363,3 +363,17 @@ def test_a_server_that_does_not_answer_is_named_without_its_password():
         launch.launch(lambda: None)
     assert "127.0.0.1:9/api" in str(error.value)
     assert "the-password" not in str(error.value)
+
+
+def test_the_flags_of_a_pickled_array_are_not_believed(tmp_path):
+    """numpy believes them, and then takes the numbers of the array for pointers."""
+    path = tmp_path / "contexts.npy"
+    vectors = {name: np.arange(4, dtype=np.float32) for name in "ab"}
+    torch.save(vectors, path, _use_new_zipfile_serialization=False)
+    end_of_a_dtype = b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK%ct"
+    content = path.read_bytes()
+    assert end_of_a_dtype % 0 in content
+    path.write_bytes(content.replace(end_of_a_dtype % 0, end_of_a_dtype % 63))
+    (rows, names) = files._read_published(path)
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3]] * 2)
+    assert names == ("a", "b") and rows.dtype.flags == np.dtype(np.float32).flags

@@ -15,6 +15,7 @@ from flows import cli, resume
 from flows.results import record_run
 from flows.words import command_text, count_text, names_text, size_text
 from negfacediff_core.diffusion.engine import SamplingEngine
+from negfacediff_core.errors import BuildError
 from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.shards import prepare
@@ -77,6 +78,15 @@ def test_a_whole_store_verifies(store, capsys):
     assert "Checked 21 units" in said and "MB/s)" in said.replace("kB/s", "MB/s") and "No damage was" in said
     code, said = run(capsys, "verify", store, "--sample", "20%", "--seed", "3", "--run", "tiny")
     assert code == 0 and "Checked 4 units" in said
+    assert said.count("verify 1/1 MB") == 1, "its end is told once"
+
+
+@pytest.mark.parametrize("name", ["tinny", "Kept", "../tiny"])
+def test_a_run_that_is_not_there_is_no_damage(name, store, capsys):
+    for command in (["verify", store, "--run", name], ["resume", store, name], ["retry-failed", store, name]):
+        code, said = run(capsys, *command)
+        assert code == 2 and f"There is no run {name} in {store}; runs there: tiny." in said
+        assert "Damage" not in said and "--repair" not in said
 
 
 def test_damage_is_listed_repaired_and_made_again_as_it_was(store, built, capsys):
@@ -175,6 +185,57 @@ def test_retry_failed_makes_units_with_failed_rows_again(store, built, tiny_buil
     assert results(store) == results(built)
 
 
+def test_retry_failed_finishes_a_run_whose_units_failed(store, built, tiny_build, capsys, monkeypatch):
+    shutil.rmtree(store)
+    sample = SamplingEngine.sample
+
+    def poisoned(self, towards, away, weight, identities, replicates, seed):
+        if 2 in identities:
+            raise RuntimeError("a poisoned unit")
+        return sample(self, towards, away, weight, identities, replicates, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingEngine, "sample", poisoned)
+        with pytest.raises(BuildError, match="a poisoned unit"):
+            build(store, tiny_build)
+    lacking = unfinished(str(store))["tiny"]
+    assert 0 < lacking < 21
+    code, said = run(capsys, "retry-failed", store)
+    assert code == 0 and f"Missing: {lacking} units." in said and "Pending again" not in said
+    assert made == [lacking] and unfinished(str(store)) == {}
+    assert results(store) == results(built)
+
+    for name in ("one", "two"):
+        build(store, changed(tiny_build, name=name), seconds=None)
+    code, said = run(capsys, "retry-failed", store)
+    assert code == 2 and f"one lacks 0 units: negfacediff retry-failed '{store}' one; two lacks" in said
+
+
+def test_what_failed_in_a_kept_run_is_retried_in_the_run_that_it_copies(
+    store, tiny_build, capsys, monkeypatch
+):
+    shutil.rmtree(store)
+    sample = SamplingEngine.sample
+
+    def failing(self, *what):
+        images, clipped = sample(self, *what)
+        return images, np.full_like(clipped, np.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingEngine, "sample", failing)
+        build(store, tiny_build)
+    record = json.loads((store / "runs" / "tiny.json").read_text())
+    record["gate"] = {"run": "tiny", "settings": {"gallery": "people", "policy": "drop"}}
+    (store / "runs" / "tiny.kept.json").write_text(json.dumps(record))
+    code, said = run(capsys, "retry-failed", store, "tiny.kept")
+    assert code == 2 and f"negfacediff retry-failed '{store}' tiny; afterwards: " in said
+    assert f"negfacediff resume '{store}' tiny.kept" in said
+    code, said = run(capsys, "retry-failed", store)
+    assert code == 0 and "Pending again: " in said
+    assert f"afterwards: negfacediff resume '{store}' tiny.kept" in said
+    assert len(made) == 1
+
+
 def test_logs_show_the_record_and_the_last_failure_of_a_unit(store, capsys):
     folder = stage_folder(store, "samples")
     code, said = run(capsys, "logs", store, "samples", "00001-000")
@@ -183,10 +244,14 @@ def test_logs_show_the_record_and_the_last_failure_of_a_unit(store, capsys):
     assert "rows 4: 4 ok, 0 not ok" in said and "sample 0." in said and "device cpu" in said
     assert "no failure was logged" in said
     (folder / "logs").mkdir()
-    (folder / "logs" / "00001-000.txt").write_text("line 7\nOSError: a lasting trouble\n")
+    (folder / "logs" / "00001-000.txt").write_text("line 7\nOSError: a lasting trouble\n\tat \x1b[2Jé\x07\n")
     (folder / "done" / "00001-000.json").unlink()
     code, said = run(capsys, "logs", store, f"samples/{folder.name}", "00001-000")
     assert code == 0 and "not committed" in said and "OSError: a lasting trouble" in said
+    with pytest.raises(SystemExit):
+        cli.main(["logs", str(store), "samples", "00001-000"])
+    shown = capsys.readouterr().out
+    assert "    line 7\n    OSError: a lasting trouble\n    \tat \\x1b[2Jé\\x07\n" in shown
     code, said = run(capsys, "logs", store, "images", "00001-000")
     assert code == 2 and "no stage images" in said and "aligned, contexts, embeddings, evaluation" in said
     code, said = run(capsys, "logs", store, "samples", "00009-000")
@@ -210,6 +275,24 @@ def test_gc_lists_first_and_deletes_when_asked(store, built, tiny_build, capsys)
     assert code == 0 and "Removed " in said
     assert results(store) == results(built)
     assert run(capsys, "verify", store)[0] == 0
+
+
+def test_gc_says_what_it_did_not_look_behind(store, tmp_path, capsys):
+    (store / "samples").rename(tmp_path / "elsewhere")
+    (store / "samples").symlink_to(tmp_path / "elsewhere")
+    code, said = run(capsys, "gc", store)
+    assert code == 0 and "samples is a symbolic link: what lies behind it was not looked at." in said
+    assert "There is nothing to remove." in said
+
+
+def test_gc_names_what_has_come_into_use(store, capsys, monkeypatch):
+    left = store / "runs" / ".tiny.json.0.tmp"
+    left.write_text("{")
+    os.utime(left, (time.time() - 7200,) * 2)
+    monkeypatch.setattr("negfacediff_core.store.gc.remove", lambda store, rubbish: False)
+    code, said = run(capsys, "gc", store, "--delete")
+    assert code == 0
+    assert "Removed 0 bytes. Not removed, as it has come into use meanwhile: runs/.tiny.json.0.tmp." in said
 
 
 def test_numbers_lists_and_commands_in_words():

@@ -7,7 +7,7 @@ import yaml
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import sweep as sweep_module
-from flows.sweep import cases, load_sweep, run_sweep, sweep_names
+from flows.sweep import cases, load_sweep, run_sweep, sweep_texts
 from flows.sweep_page import AXES, MEASURES, plot_of, table_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
@@ -38,7 +38,7 @@ def tiny_sweep(tiny_build, tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", sweep_names())
+@pytest.mark.parametrize("name", sweep_texts())
 def test_every_sweep_that_ships_can_be_built(name):
     described = load_sweep(name)
     built = list(cases(described))
@@ -140,6 +140,8 @@ def test_what_a_sweep_shows_are_figures_of_reports():
         ({"typo": 1}, "no field typo"),
         ({"builds": [{"name": "a", "group": "g", "set": {"samples.stps": 3}}]}, "samples.steps"),
         ({"base": "nothing"}, "no preset 'nothing'"),
+        ({"set": [1]}, "set is"),
+        ({"builds": [1]}, "builds.0 is 1"),
     ],
 )
 def test_a_wrong_sweep_says_what_is_wrong(tiny_sweep, change, message):
@@ -147,6 +149,15 @@ def test_a_wrong_sweep_says_what_is_wrong(tiny_sweep, change, message):
     tiny_sweep.write_text(yaml.safe_dump({**content, **change}))
     with pytest.raises(ConfigError, match=message):
         list(cases(load_sweep(str(tiny_sweep))))
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "[" * 3000, "when: !!timestamp x", "name: \0"])
+def test_a_file_that_is_no_sweep(text, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as said:
+        load_sweep(str(path))
+    assert "\n" not in str(said.value) and str(path) in str(said.value)
 
 
 @pytest.mark.parametrize("source", ["nothing", "/nowhere/sweep.yaml"])

@@ -231,6 +231,40 @@ def test_what_is_made_again_from_a_damaged_unit_of_one_run_leaves_other_units_al
     assert records.pending(aligned) == [FIRST]
 
 
+def test_what_was_compared_with_a_gallery_was_made_from_all_of_it(stages):
+    """A gallery's images are numbered as identities are, but are not those of the run."""
+    samples, aligned = stages["samples"], stages["aligned"]
+    gallery = make_spec(samples.store, identities=12, replicates=1, name="gallery", inputs={})
+    read = {"aligned": aligned.fingerprint, "gallery": gallery.fingerprint}
+    neighbours = make_spec(samples.store, replicates=8, name="neighbours", inputs=read)
+    leakage = make_spec(
+        samples.store,
+        name="leakage",
+        arrays=(),
+        columns=(("identity", "int64"),),
+        inputs={"gallery": gallery.fingerprint, "neighbours": neighbours.fingerprint},
+        per_replicate=False,
+    )
+    leakage = replace(leakage, grid=Grid(6, 1, 6, 1))
+    gate = {spec.name: spec for spec in (gallery, neighbours, leakage)}
+    for spec in gate.values():
+        shards.prepare(spec)
+        for unit in spec.grid.units():
+            make(spec, unit)
+    bind(samples.store, "first.leakage", gate)
+    # images 8 to 11: the run has six identities
+    derived = forget_units(samples.store, {gallery.path: {Unit(2, 0)}})
+    assert derived == {neighbours.path: set(neighbours.grid.units()), leakage.path: {Unit(0, 0)}}
+    assert records.committed(gallery) == [Unit(0, 0), Unit(1, 0)]
+    assert unfinished(samples.store) == {"first.leakage": 1 + 4 + 1}
+
+    for spec in (gallery, neighbours, leakage):
+        for unit in records.pending(spec):
+            make(spec, unit)
+    derived = forget_units(samples.store, {neighbours.path: {FIRST}})
+    assert derived == {leakage.path: {Unit(0, 0)}}
+
+
 def test_units_of_another_size_are_made_from_those_that_they_overlap(tmp_path):
     source = replace(make_spec(tmp_path, inputs={}), grid=Grid(12, 8, 4, 4))
     reader = make_spec(tmp_path, name="aligned", inputs={"samples": source.fingerprint})

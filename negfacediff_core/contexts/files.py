@@ -14,6 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from negfacediff_core.contexts.draws import IdentityDistribution, fit_identities
+from negfacediff_core.contexts.pickled_arrays import STAND_INS, PickledArray
 from negfacediff_core.contexts.vectors import Contexts, check_contexts, normalise
 from negfacediff_core.errors import ContextsError
 from negfacediff_core.tensor_files import read_tensors
@@ -21,16 +22,6 @@ from negfacediff_core.tensor_files import read_tensors
 #: What the array or column of embeddings may be called, and that of names; the first that is there counts.
 ARRAYS = ("contexts", "context", "embeddings", "embedding")
 NAMES = ("names", "name")
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-#: The only callables that a published contexts file may name; anything else in the pickle is refused.
-_NUMPY_SAFE_GLOBALS: list[Any] = [
-    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
-    (np.ndarray, "numpy.ndarray"),
-    (np.dtype, "numpy.dtype"),
-    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"]},
-]
 
 
 class ContextsFile(NamedTuple):
@@ -47,8 +38,8 @@ def load_contexts(path: str | Path) -> ContextsFile:
 
     `.npz` and Zarr (a folder: a group of arrays, or one array) hold an array, and Parquet (`.parquet`) a
     column of equally long lists, with a name in ARRAYS. Any other file is a published `.npy`: a `torch.save`d
-    dict {name: float vector} (arXiv 2308.04995), read with `weights_only=True` and numpy's array constructors
-    alone, so it cannot run code. Raises ContextsError.
+    dict {name: float vector} (arXiv 2308.04995), read with `weights_only=True` and stand-ins for numpy's
+    arrays alone, so it cannot run code. Raises ContextsError.
     """
     path = Path(path)
     if not path.exists():
@@ -151,9 +142,13 @@ def _read_parquet(path: Path) -> tuple[NDArray[Any], list[str] | tuple[()]]:
 
 
 def _read_published(path: Path) -> tuple[NDArray[Any], tuple[str, ...]]:
-    with torch.serialization.safe_globals(_NUMPY_SAFE_GLOBALS):
+    with torch.serialization.safe_globals(STAND_INS):
         vectors = read_tensors(path, "cpu")
-    return np.stack([np.asarray(vector) for vector in vectors.values()]), tuple(vectors)
+    rows = [
+        vector.values if isinstance(vector, PickledArray) else np.asarray(vector)
+        for vector in vectors.values()
+    ]
+    return np.stack(rows), tuple(vectors)
 
 
 _READERS: dict[str, Callable[[Path], tuple[NDArray[Any], Any]]] = {

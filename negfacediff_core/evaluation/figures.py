@@ -4,10 +4,12 @@
 
 - `datasets`: a list; each has SETTINGS and the figures of FIGURES that are not optional. It may have `name`,
   `settings` {field: value}, `lineage` {stage: fingerprint}, and for any figure an interval,
-  `<figure>_interval` [low, high]; `distributions` {name: what `summaries.summarise` returns} and `attributes`
-  {class: images}.
-- `seconds`, `device`, `versions` {tool: version} for the whole; `title`, `judge` and `licences`
-  [{`part`, `licence`, `source`}] are optional.
+  `<figure>_interval` [low, high], and that of its difference to the first dataset, `<figure>_difference`;
+  `at_fmr` and `at_threshold`, lists of operating points; `distributions` {name: what `summaries.summarise`
+  returns} and `attributes` {class: images}.
+- `seconds`, `device`, `versions` {tool: version} for the whole. Optional are `title`, `judge`, `licences`
+  [{`part`, `licence`, `source`}], the date `made` of the newest data (ISO 8601), `warnings` (why the datasets
+  do not compare), `notes` on the figures, and `captions` {picture: a sentence more}.
 
 A figure that could not be computed is null.
 """
@@ -62,6 +64,47 @@ FIGURES = (
         "Lowest share of genuine pairs missed while at most 1% of impostors match.",
     ),
     Figure("fmr1000", "FMR1000", ".2%", -1, "The same while at most 0.1% of impostor pairs match."),
+    Figure("zero_fmr", "ZeroFMR", ".2%", -1, "The same while no impostor pair matches.", optional=True),
+    Figure(
+        "fmr100_closest",
+        "FMR100, closest",
+        ".2%",
+        -1,
+        "Share of genuine pairs missed at the threshold whose FMR is closest to 1%, above or below.",
+        optional=True,
+    ),
+    Figure(
+        "fmr1000_closest",
+        "FMR1000, closest",
+        ".2%",
+        -1,
+        "The same at the threshold whose FMR is closest to 0.1%.",
+        optional=True,
+    ),
+    Figure(
+        "zero_fmr_closest",
+        "ZeroFMR, closest",
+        ".2%",
+        -1,
+        "The same at the lowest observed threshold whose FMR is closest to 0.",
+        optional=True,
+    ),
+    Figure(
+        "auc",
+        "AUC",
+        ".4f",
+        1,
+        "Area under the ROC curve: the chance that a genuine pair is more similar than an impostor pair.",
+        optional=True,
+    ),
+    Figure(
+        "decidability",
+        "Decidability",
+        ".2f",
+        1,
+        "Difference of the means over the root mean square of both deviations: √(2 FDR).",
+        optional=True,
+    ),
     Figure(
         "genuine_mean",
         "Genuine mean",
@@ -349,7 +392,7 @@ FIGURES = (
     Figure(
         "network_evaluations",
         "Network evaluations an image",
-        ",d",
+        ",.0f",
         -1,
         "How often the generator's network is evaluated for one image: once a step for the context, and once "
         "for each thing that it is guided away from where that has a weight.",
@@ -362,6 +405,16 @@ FIGURES = (
         ".2f",
         1,
         "Images sampled per second, decoding included.",
+        group="Cost",
+    ),
+    Figure(
+        "seconds",
+        "Work, s",
+        ",.1f",
+        -1,
+        "Time in which some unit of the dataset's stages was being worked on; stages that datasets share "
+        "count in each.",
+        optional=True,
         group="Cost",
     ),
     Figure(

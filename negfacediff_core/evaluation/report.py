@@ -1,12 +1,12 @@
 """The report of one or several datasets as one self-contained HTML page, light or dark, without scripts."""
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from negfacediff_core.evaluation.cells import exists, figure_cell, number_text
 from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS, Figure, check_report
 
 _CAPTIONS = {
@@ -15,9 +15,24 @@ _CAPTIONS = {
     "det": "Detection error trade-off. Lower is better; the dotted line is where both errors are equal.",
     "distributions": "Numbers of the images, by which the dataset's variety shows; the dotted line is the "
     "median. Angles are estimates from five landmarks.",
-    "contact_sheet": "Rows are identities, columns replicates. The same place in each panel is the same "
-    "identity and replicate. Click or tap to enlarge.",
+    "contact_sheet": "Rows are identities, columns replicates. Click or tap to enlarge.",
 }
+
+#: What stands in the glossary beside the figures: anchor, title and meaning.
+_INTERVAL = (
+    "interval",
+    "[low, high]",
+    "95% interval by the bootstrap over identities: identities are drawn anew with replacement, because the "
+    "pairs of one identity move together, and the interval holds 95% of the results. Of large sets a few "
+    "disjoint subsets are resampled to the size of the whole: bag of little bootstraps (arXiv 1112.5016).",
+)
+_DIFFERENCE = (
+    "difference",
+    "+ and − beneath a value",
+    "Difference to the first dataset and, where both drew the same identities, its 95% interval by the "
+    "paired bootstrap. Green is better and orange worse than the first. Without colour are figures of which "
+    "neither direction is better, and differences whose interval holds 0: chance alone may explain those.",
+)
 
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
@@ -28,15 +43,19 @@ def render_report(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> s
     Of a picture in both forms the SVG is shown. Raises NegFaceDiffError where a required key is missing.
     """
     check_report(report)
-    datasets = report["datasets"]
+    datasets, warnings = report["datasets"], report.get("warnings", ())
     title = escape(str(report.get("title", "Synthetic face dataset")))
     sections = [
         f"<h1>{title}</h1>",
-        _lead(datasets),
+        *(f'<p class="warning">{_text(words)}</p>' for words in warnings),
+        "" if warnings else _lead(datasets),
         _about(report),
         "<h2>Figures</h2>",
-        _figures_table(datasets),
-        *(_picture(name, pictures) for name in _ordered(pictures)),
+        _figures_table(datasets, coloured=not warnings),
+        *(f'<p class="about">{_text(words)}</p>' for words in report.get("notes", ())),
+        _operating_points(datasets),
+        _attributes(datasets),
+        *(_picture(name, pictures, report.get("captions", {})) for name in _ordered(pictures)),
         "<h2>Settings</h2>",
         _settings_table(datasets),
         _lineage(datasets),
@@ -66,10 +85,6 @@ def _label(dataset: Mapping[str, Any]) -> str:
     return _text(dataset.get("name") or f"{dataset['rule']}, w = {dataset['w']:g}")
 
 
-def _exists(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _table(head: Sequence[str], groups: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """A table of HTML fragments, its rows grouped under names; the first cell of a row is its header."""
     heading = "".join(f'<th scope="col">{cell}</th>' for cell in head)
@@ -90,35 +105,84 @@ def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _lead(datasets: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence on what came out."""
-    first, last = datasets[0], datasets[-1]
-    if len(datasets) < 2 or not (_exists(first["fdr"]) and _exists(last["fdr"]) and first["fdr"]):
+    """One sentence on what came out: the first dataset against the other, or the best of several others."""
+    first = datasets[0]
+    known = [dataset for dataset in datasets if exists(dataset["fdr"])]
+    if len(datasets) < 2 or len(known) < 2 or not exists(first["fdr"]) or not first["fdr"]:
         return ""
-    return (
-        f'<p class="lead">From {_label(first)} to {_label(last)}, FDR goes from {first["fdr"]:.2f} to '
-        f"{last['fdr']:.2f} (×{last['fdr'] / first['fdr']:.2f}) and EER from {first['eer']:.1%} to "
-        f"{last['eer']:.1%}.</p>"
-    )
+    best = datasets[1] if len(datasets) == 2 else max(known, key=lambda dataset: dataset["fdr"])
+    if best is first:
+        words = (
+            f"Of {len(datasets)} datasets {_label(first)}, the first, has the highest FDR: "
+            f"{first['fdr']:.2f}, with an EER of {first['eer']:.1%}."
+        )
+    else:
+        which = f"From {_label(first)} to {_label(best)}"
+        which += f", the best by FDR of {len(datasets)} datasets" * (len(datasets) > 2)
+        words = (
+            f"{which}, FDR goes from {first['fdr']:.2f} to {best['fdr']:.2f} "
+            f"(×{best['fdr'] / first['fdr']:.2f}) and EER from {first['eer']:.1%} to {best['eer']:.1%}."
+        )
+    return f'<p class="lead">{words}</p>'
 
 
 def _about(report: Mapping[str, Any]) -> str:
-    parts = [f"{report['seconds']:.0f} s of work on {_text(report['device'])}"]
+    parts = [_text(report["made"])] if "made" in report else []
+    parts.append(f"{report['seconds']:.0f} s of work on {_text(report['device'])}")
     if "judge" in report:
         parts.append(f"judged by {_text(report['judge'])}")
     return f'<p class="about">{"; ".join(parts)}.</p>'
 
 
-def _figures_table(datasets: Sequence[Mapping[str, Any]]) -> str:
+def _figures_table(datasets: Sequence[Mapping[str, Any]], coloured: bool) -> str:
     """One table, in which every group of figures that the datasets have stands under its name."""
     groups = {
         group: [
-            [_term(figure), *(_figure_cell(figure, dataset, datasets[0]) for dataset in datasets)]
+            [_term(figure), *(figure_cell(figure, dataset, datasets[0], coloured) for dataset in datasets)]
             for figure in _shown(datasets)
             if figure.group == group
         ]
         for group in GROUPS
     }
     return _table(["", *map(_label, datasets)], groups)
+
+
+def _operating_points(datasets: Sequence[Mapping[str, Any]]) -> str:
+    """FNMR and threshold of every dataset where its FMR is at most each of the rates of `at_fmr`."""
+    points = [{point["fmr_at_most"]: point for point in d.get("at_fmr", ())} for d in datasets]
+    rates = sorted({rate for of_one in points for rate in of_one}, reverse=True)
+    if not rates:
+        return ""
+    rows = [[f"{100 * rate:g}%", *(_point(of_one.get(rate)) for of_one in points)] for rate in rates]
+    note = (
+        '<p class="about">Share of genuine pairs missed (FNMR) where at most the share of impostor pairs on '
+        "the left match (FMR); beneath it the lowest cosine from which that is so.</p>"
+    )
+    return "<h2>Operating points</h2>\n" + note + _plain_table(["FMR", *map(_label, datasets)], rows)
+
+
+def _point(point: Mapping[str, Any] | None) -> str:
+    if point is None:
+        return "n/a"
+    threshold = point["threshold"]
+    words = f"from {number_text(threshold, '.3f')}" if exists(threshold) else "none matches"
+    return f'{number_text(point["fnmr"], ".2%")}<span class="interval">{words}</span>'
+
+
+def _attributes(datasets: Sequence[Mapping[str, Any]]) -> str:
+    """Images of each class of the attribute, and their share."""
+    counts = [dataset.get("attributes") or {} for dataset in datasets]
+    names = dict.fromkeys(name for of_one in counts for name in of_one)
+    if not names:
+        return ""
+    rows = [[_text(name), *(_share(of_one.get(name, 0), of_one) for of_one in counts)] for name in names]
+    note = '<p class="about">Images of each class, as the attribute network sees them.</p>'
+    return "<h2>Attribute</h2>\n" + note + _plain_table(["class", *map(_label, datasets)], rows)
+
+
+def _share(count: int, counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    return f"{count:,} ({count / total:.1%})" if total else "n/a"
 
 
 def _shown(datasets: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -130,42 +194,16 @@ def _term(figure: Figure) -> str:
     return f'<a href="#{figure.key}" title="{escape(figure.definition)}">{escape(figure.title)}</a>'
 
 
-def _figure_cell(figure: Figure, dataset: Mapping[str, Any], first: Mapping[str, Any]) -> str:
-    """A value, its interval if there is one, and the difference to the first dataset."""
-    value, reference = dataset.get(figure.key), first.get(figure.key)
-    if not _exists(value):
-        return "n/a"
-    cell = f"{value:{figure.form}}"
-    interval = dataset.get(f"{figure.key}_interval")
-    if interval and all(map(_exists, interval)):
-        low, high = (f"{bound:{figure.form}}" for bound in interval)
-        cell += f'<span class="interval">[{low}, {high}]</span>'
-    if dataset is not first and _exists(reference):
-        change = value - reference
-        kind = {1: " better", -1: " worse", 0: ""}[figure.better * (int(change > 0) - int(change < 0))]
-        words = _difference(change, figure.form)
-        limits = dataset.get(f"{figure.key}_difference")
-        if limits:
-            words += f" [{', '.join(_difference(limit, figure.form) for limit in limits)}]"
-        cell += f'<span class="difference{kind}">{words.replace(" points [", " [")}</span>'
-    return cell
-
-
-def _difference(change: float, form: str) -> str:
-    if form.endswith("%"):
-        return f"{100 * change:+{form[:-1]}f} points"
-    return f"{change:+{form}}"
-
-
 def _ordered(pictures: Mapping[str, bytes]) -> list[str]:
     """Names without their endings: known pictures in the order of their captions, then the others."""
     names = dict.fromkeys(name.rpartition(".")[0] for name in pictures)
     return [name for name in _CAPTIONS if name in names] + [name for name in names if name not in _CAPTIONS]
 
 
-def _picture(name: str, pictures: Mapping[str, bytes]) -> str:
+def _picture(name: str, pictures: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
     words = escape(name.replace("_", " "))
-    caption = f"<figcaption>{escape(_CAPTIONS.get(name, name.replace('_', ' ')))}</figcaption>"
+    sentences = [_CAPTIONS.get(name, name.replace("_", " ")), captions.get(name, "")]
+    caption = f"<figcaption>{_text(' '.join(filter(None, sentences)))}</figcaption>"
     drawing = pictures.get(f"{name}.svg")
     if drawing is not None:
         svg = drawing.decode().replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
@@ -212,8 +250,13 @@ def _licences(licences: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _definitions(datasets: Sequence[Mapping[str, Any]]) -> str:
-    entries = "".join(
-        f'<dt id="{figure.key}">{escape(figure.title)}</dt><dd>{escape(figure.definition)}</dd>\n'
-        for figure in _shown(datasets)
+    shown = _shown(datasets)
+    entries = [(figure.key, figure.title, figure.definition) for figure in shown]
+    if any(f"{figure.key}_interval" in dataset for figure in shown for dataset in datasets):
+        entries.append(_INTERVAL)
+    if len(datasets) > 1:
+        entries.append(_DIFFERENCE)
+    lines = (
+        f'<dt id="{key}">{escape(name)}</dt><dd>{escape(meaning)}</dd>\n' for key, name, meaning in entries
     )
-    return f"<dl>\n{entries}</dl>"
+    return f"<dl>\n{''.join(lines)}</dl>"

@@ -50,6 +50,8 @@ RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 0.0)
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(-4, 20))
 # The file of the unit that holds the figures of the resamples.
 RESAMPLES = "bootstrap.npz"
+# What the embeddings say of an image that is no part of the dataset, though nothing failed.
+TAKEN_OUT = ("leaked", "out_of_band")
 # Largest contact sheet, identities x replicates.
 SHEET = (12, 8)
 
@@ -79,7 +81,9 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     seconds = {"score": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    resampled = _resample(spec) if spec.config["bootstrap"] else None
+    # resampled is all of it, whose spread is not that of the published subset
+    drawn = spec.config["bootstrap"] and spec.config["protocol"] == "full"
+    resampled = _resample(spec) if drawn else None
     report = {
         **_settings(spec),
         **figures,
@@ -131,10 +135,15 @@ def score_panel(spec: StageSpec, label: str) -> ScorePanel:
 
 
 def sheet_panel(spec: StageSpec, label: str, identities: int, images: int) -> SheetPanel:
-    """Return a build's first images, at most that many, for a contact sheet that shows several builds."""
+    """Return a build's first images, at most that many, for a contact sheet that shows several builds.
+
+    Images that were taken out of the dataset, since they leak or lie outside the band, are left white.
+    """
     extent = min(identities, spec.config["identities"]), min(images, spec.config["images"])
     detected = read_column(spec.input("aligned"), "status", *extent) == "ok"
-    return SheetPanel(label, read_array(spec.input("samples"), "image", *extent), detected)
+    pictures = read_array(spec.input("samples"), "image", *extent)
+    pictures[np.isin(read_column(spec.input("embeddings"), "status", *extent), TAKEN_OUT)] = 255
+    return SheetPanel(label, pictures, detected)
 
 
 def difference_intervals(spec: StageSpec, other: StageSpec) -> dict[str, tuple[float, float]]:
@@ -146,12 +155,13 @@ def difference_intervals(spec: StageSpec, other: StageSpec) -> dict[str, tuple[f
     Raises:
         StoreError: if the two did not draw the same identities, or drew none.
     """
-    drawn = ("identities", "images", "bootstrap", "seed")
+    drawn = ("protocol", "identities", "images", "bootstrap", "seed")
     one, two = ({name: each.config[name] for name in drawn} for each in (spec, other))
-    if one != two or not one["bootstrap"]:
+    if one != two or not one["bootstrap"] or one["protocol"] != "full":
         raise StoreError(
             f"the difference of {spec.directory} and {other.directory} has no interval, which takes the same "
-            f"identities, images, evaluation.seed and evaluation.bootstrap, above 0: {one} and {two}"
+            "identities, images, evaluation.seed and evaluation.bootstrap, above 0, and the full protocol: "
+            f"{one} and {two}"
         )
     figures, draws = [], []
     for each in (spec, other):
@@ -191,6 +201,9 @@ def _settings(spec: StageSpec) -> dict[str, Any]:
         **samples.config,
         "identities": identities,
         "images": identities * images,
+        "protocol": spec.config["protocol"],
+        "bootstrap": spec.config["bootstrap"],
+        "evaluation_seed": spec.config["seed"],
     }
 
 

@@ -1,11 +1,12 @@
 """The leakage gate of a run: its stages `gallery`, `neighbours` and `leakage`, planned and checked."""
 
+import shlex
 from typing import NamedTuple
 
-from negfacediff_core.config import LeakageConfig, Policy
+from negfacediff_core.config import BuildConfig, LeakageConfig, Policy
 from negfacediff_core.errors import ConfigError, StoreError, WeightsError
 from negfacediff_core.evaluation.leakage import RATES, impostor_pairs, needed_pairs, sampled, too_few_pairs
-from negfacediff_core.stages import gallery, leakage, neighbours
+from negfacediff_core.stages import gallery, kept, leakage, neighbours
 from negfacediff_core.stages.aligned import SIZE
 from negfacediff_core.stages.models import conditioner_hash, embedder_of, named, network_weight
 from negfacediff_core.store.layout import StageSpec, Weight, adopt
@@ -43,7 +44,7 @@ def plan_gate(store: str, run: str, settings: LeakageConfig) -> Gate:
     if lacking:
         raise StoreError(
             f"{lacking} units of aligned images or embeddings of the run {run} are missing: finish it first, "
-            f"with negfacediff resume {store} {run}"
+            f"with {shlex.join(['negfacediff', 'resume', store, run])}"
         )
     if settings.fmr not in RATES:
         raise ConfigError(f"fmr is {settings.fmr:g}, but thresholds are made at {', '.join(map(str, RATES))}")
@@ -68,6 +69,15 @@ def plan_gate(store: str, run: str, settings: LeakageConfig) -> Gate:
     found = adopt(neighbours.plan(aligned, people, recognisers))
     counted = adopt(leakage.plan(stages["embeddings"], found, people, recognisers))
     return Gate(stages, {spec.name: spec for spec in (people, found, counted)}, known)
+
+
+def plan_kept(gate: Gate, build: BuildConfig, rate: float) -> dict[str, StageSpec]:
+    """Describe the stages that are made anew, embeddings first, for the run without what leaks at a rate.
+
+    `build` is that of the gate's run.
+    """
+    marked = kept.plan(gate.run["embeddings"], gate.stages["leakage"], rate)
+    return kept.remake(build, gate.run, marked)
 
 
 def _recognisers(stages: dict[str, StageSpec], settings: LeakageConfig) -> dict[str, Weight]:

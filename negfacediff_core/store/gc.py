@@ -7,7 +7,7 @@ leaves a fresh file in each. Both are looked at again under the lock that a buil
 
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from negfacediff_core.errors import DamagedError, StoreError
@@ -35,8 +35,11 @@ class Rubbish(NamedTuple):
     unit: Unit | None = None
 
 
-def find_rubbish(store: str) -> list[Rubbish]:
+def find_rubbish(store: str, linked: Callable[[str], None] | None = None) -> list[Rubbish]:
     """Return what no run needs: stage directories first, then single files.
+
+    A folder of stages, or a stage directory, that is a symbolic link is passed over, since other stores may
+    use what it leads to; `linked` is called with its path.
 
     Raises:
         StoreError: if `store` is none, or nothing tells what is needed: it has no run, or a run record or the
@@ -50,15 +53,21 @@ def find_rubbish(store: str) -> list[Rubbish]:
             "remove the folder yourself."
         )
     needed = _needed(store, runs.values())
+    # Listed before the walk, which then sees what they hold: a stage that is made meanwhile is passed over.
+    there = directories(store)
     entries = locate(store).walk("")
     old = {entry.path for entry in entries if _is_old(entry.modified)}
     by_directory: dict[str, list[Entry]] = {}
     for entry in entries:
         by_directory.setdefault("/".join(entry.path.split("/")[:2]), []).append(entry)
+    if linked is not None:
+        for path in _links(there, entries):
+            linked(path)
     rubbish, gone = [], set()
-    for path in sorted(_unneeded(store, needed)):
-        held = by_directory[path]
-        if _is_abandoned(held):
+    for path in sorted(_unneeded(store, there, needed)):
+        # None of what lies behind a link, or of what was removed since.
+        held = by_directory.get(path, [])
+        if held and _is_abandoned(held):
             gone.add(path)
             size = sum(entry.size for entry in held)
             rubbish.append(Rubbish(path, "no run needs this stage", len(held), size))
@@ -142,10 +151,16 @@ def _needed(store: str, runs: Iterable[Mapping]) -> dict[str, StageSpec | None]:
     return needed
 
 
-def _unneeded(store: str, needed: Collection[str]) -> list[str]:
-    """Return the paths of stage directories that are not needed, and are ours: their stage.json says so."""
+def _links(there: Iterable[tuple[str, str]], entries: Iterable[Entry]) -> list[str]:
+    """Return what leads to the stage directories `there` and is a file to a walk: a symbolic link."""
+    files = {entry.path for entry in entries}
+    return sorted(files & {path for stage, digest in there for path in (stage, f"{stage}/{digest}")})
+
+
+def _unneeded(store: str, there: Iterable[tuple[str, str]], needed: Collection[str]) -> list[str]:
+    """Return the paths of those `there` that are not needed, and are ours: their stage.json says so."""
     paths = []
-    for stage, digest in directories(store):
+    for stage, digest in there:
         if f"{stage}/{digest}" not in needed:
             try:
                 paths.append(read_spec(store, stage, digest).path)

@@ -40,7 +40,11 @@ class Location(Protocol):
         """Return the content of the file `path`."""
 
     def write_atomic(self, path: str, data: bytes) -> None:
-        """Make `path` hold `data`: whoever reads or dies meanwhile, it holds the old content or the new."""
+        """Make `path` hold `data`: whoever reads or dies meanwhile, it holds the old content or the new.
+
+        Folders are made below the place. Where the place itself is not there, it is a `PlaceError`:
+        `check_writable`, or a lock that makes it, comes first.
+        """
 
     def touch(self, path: str) -> None:
         """Make the empty file `path`, or make it as new as if it had just been written."""
@@ -58,7 +62,11 @@ class Location(Protocol):
         """Return every file in the folder `path` and below, temporary ones too; none if it is no folder."""
 
     def remove(self, path: str) -> None:
-        """Remove the file `path`, or the folder with all that it holds; nothing if it is not there."""
+        """Remove the file `path`, or the folder with all that it holds; nothing if it is not there.
+
+        The path is literal, as everywhere here: `*`, `?` and `[` in it, or in the place's own name, match
+        nothing but themselves.
+        """
 
     def lock(self, name: str, *, make: bool = False) -> AbstractContextManager[Lock]:
         """Hold the lock `name`: one holder at a time, freed when its process dies.

@@ -56,8 +56,8 @@ class LocalLocation:
         half = len(data) // 2
         target = self.root / path
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        with _explained("write", target):
-            _make_folder(target.parent)
+        with self._writing(path):
+            _make_folder(target.parent, self.root)
             faults.reached(f"write {path}")
             try:
                 with temporary.open("wb") as file:
@@ -77,7 +77,7 @@ class LocalLocation:
 
     def touch(self, path: str) -> None:
         """Make the empty file `path`, or make it as new as if it had just been written."""
-        with self.explained("write", path):
+        with self._writing(path):
             (self.root / path).touch()
 
     def exists(self, path: str) -> bool:
@@ -154,17 +154,28 @@ class LocalLocation:
         """Turn operating-system errors while `doing` something at `path` into a `StoreError`."""
         return _explained(doing, f"{self.url}/{path}")
 
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        """Explain errors of writing `path`; what is missing because the whole place is has gone."""
+        with self.explained("write", path):
+            try:
+                yield
+            except FileNotFoundError as error:
+                if self.root.is_dir():
+                    raise
+                raise gone(self.url) from error
+
     def check_writable(self) -> None:
         """Write and remove a small file, making the folder if it is not there."""
         probe = f"writable-{uuid.uuid4().hex}"
-        try:
-            _make_folder(self.root)
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"cannot make the folder {self.root}: {error.strerror}; choose another place for the store."
-            ) from error
-        except OSError:
-            pass  # the write below tells why
+        with _explained("make", self.root):
+            try:
+                _make_folder(self.root)
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"cannot make the folder {self.root}: {error.strerror}; choose another place for the "
+                    "store."
+                ) from error
         self.write_atomic(probe, b"negfacediff")
         with _explained("write", self.root):
             (self.root / probe).unlink()
@@ -217,10 +228,13 @@ def _walk(folder: Path, prefix: str) -> Iterator[Entry]:
             yield Entry(f"{prefix}{entry.name}", facts.st_size, facts.st_mtime)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each safely on disk before anything is put into it."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
+def _make_folder(folder: Path, root: Path | None = None) -> None:
+    """Make a folder and those above it, each safely on disk before anything is put into it.
+
+    Only those below `root` where it is given: a place that has gone is not made anew.
+    """
+    if folder != root and not folder.is_dir():
+        _make_folder(folder.parent, root)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
 

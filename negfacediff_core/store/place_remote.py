@@ -4,6 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime
 from typing import Any
@@ -29,6 +30,8 @@ _REMOTE_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
     ),
 )
 _S3 = ("s3://", "s3a://")
+# Objects that are removed at a time, each by a request: one for many does not tell which it left there.
+_REMOVALS = 16
 # `user:password@` of an address, with the slashes before it.
 _CREDENTIALS = re.compile(r"//\S*:\S*@")
 
@@ -113,8 +116,18 @@ class RemoteLocation:
     def remove(self, path: str) -> None:
         """Remove the object `path`, or all that lies below it; nothing if it is not there."""
         faults.reached(f"remove {path}")
-        with self.explained("remove", path), suppress(FileNotFoundError):
-            self._files.rm(f"{self._root}/{path}", recursive=True)
+        with self.explained("remove", path):
+            # The client's `rm` takes `*` and `[1]` for patterns, and would remove what lies in other stores.
+            try:
+                found = self._files.find(f"{self._root}/{path}".rstrip("/"))
+            except FileNotFoundError:
+                return
+            with ThreadPoolExecutor(_REMOVALS) as pool:
+                list(pool.map(self._remove_object, found))
+
+    def _remove_object(self, address: str) -> None:
+        with suppress(FileNotFoundError):  # somebody else has removed it meanwhile
+            self._files.rm_file(address)
 
     @contextmanager
     def lock(self, name: str, *, make: bool = False) -> Iterator[Lock]:

@@ -18,8 +18,9 @@ from negfacediff_core.store.shards import read_rows
 from negfacediff_core.store.status import places, stages, wanted_units
 from negfacediff_core.store.verify import Finding, Kind
 
-# Stages whose units read all identities, beyond their own.
-ACROSS_IDENTITIES = frozenset({"scores"})
+# Stages, with an input of which each of their units reads everything: scores compare all identities, and what
+# the gallery has in their place are its images, which are not those of the run.
+_READ_WHOLE = frozenset({("scores", "embeddings"), ("neighbours", "gallery"), ("leakage", "gallery")})
 
 Units = dict[str, set[Unit]]
 
@@ -75,8 +76,9 @@ def forget_units(store: str, units: Mapping[str, Collection[Unit]]) -> Units:
     """Make units of stage directories, by path, pending, and all that was made from them.
 
     A unit was made from those of its input stages that share identities with it and, where both stages have
-    replicates, replicates; so an evaluation is made anew as a whole. Units that only looked for a negative
-    among the contexts of other blocks are kept: on one kind of device these come out the same again.
+    replicates, replicates; so an evaluation is made anew as a whole, and with any unit of a gallery all that
+    was compared with it. Units that only looked for a negative among the contexts of other blocks are kept:
+    on one kind of device these come out the same again.
 
     Returns the units that were made from the given ones, by the path of their stage directory.
     """
@@ -120,6 +122,9 @@ def _failed_rows(spec: StageSpec, unit: Unit) -> int:
 
 def _made_from(spec: StageSpec, source: StageSpec, lost: Collection[Unit]) -> Iterator[Unit]:
     """Yield the committed units of a stage that read one of the `lost` units of its input `source`."""
+    if (spec.name, source.name) in _READ_WHOLE:
+        yield from committed(spec) if lost else ()
+        return
     lost_blocks = {unit.identity_block for unit in lost}
     for unit in committed(spec):
         identities = _blocks(spec.grid.identities_of(unit), source.grid.block_identities)
@@ -127,7 +132,7 @@ def _made_from(spec: StageSpec, source: StageSpec, lost: Collection[Unit]) -> It
         if near and spec.per_replicate and source.per_replicate:
             replicates = _blocks(spec.grid.replicates_of(unit), source.grid.block_replicates)
             near = {block for block in near if any(Unit(block, one) in lost for one in replicates)}
-        if near or spec.name in ACROSS_IDENTITIES:
+        if near:
             yield unit
 
 

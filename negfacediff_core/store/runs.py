@@ -60,6 +60,13 @@ def run_names(store: str) -> list[str]:
     return [name for file in files if _NAME.fullmatch(name := file.removesuffix(".json"))]
 
 
+def check_run(store: str, name: str) -> None:
+    """Raise StoreError, naming the runs that are there, unless a store has a record of this name."""
+    names = run_names(store)
+    if name not in names:
+        raise StoreError(f"There is no run {name} in {store}; runs there: {', '.join(names) or 'none'}.")
+
+
 def stages_of_run(store: str, run: str) -> dict[str, StageSpec]:
     """Return the stages of a dataset's run as they stand in the store, by name, with the run's extents.
 
@@ -68,10 +75,8 @@ def stages_of_run(store: str, run: str) -> dict[str, StageSpec]:
     Raises:
         StoreError: if there is no such run, or it is not one of a dataset.
     """
-    record = read_run(store, run)
-    if record is None:
-        there = ", ".join(run_names(store)) or "none"
-        raise StoreError(f"There is no run {run} in {store}; runs there: {there}.")
+    check_run(store, run)
+    record = read_run(store, run) or {"stages": {}}
     missing = _OF_A_DATASET - record["stages"].keys()
     if missing:
         raise StoreError(f"The run {run} in {store} has no {', '.join(sorted(missing))}: it is no dataset.")

@@ -29,7 +29,7 @@ from negfacediff_core.store.layout import (
 )
 from negfacediff_core.store.location import Entry, locate
 from negfacediff_core.store.records import Record, read_record, unit_of
-from negfacediff_core.store.runs import read_run, run_names
+from negfacediff_core.store.runs import check_run, read_run, run_names
 from negfacediff_core.store.shards import count_ok
 from negfacediff_core.store.status import directories, places, units_of
 
@@ -104,6 +104,8 @@ def survey(store: str, run: str | None = None, share: float = 1.0, seed: int = 0
     Raises:
         StoreError: if the place cannot be listed, or there is no run of that name.
     """
+    if run is not None:
+        check_run(store, run)
     findings: list[Finding] = []
     wanted, named = _runs(store, run, findings)
     specs = _specs(store, findings)
@@ -161,14 +163,11 @@ def _runs(
     wanted: dict[str, dict[str, dict]] = {}
     for name in run_names(store) if run is None else [run]:
         try:
-            content = read_run(store, name)
+            content = read_run(store, name) or {"stages": {}}
         except StoreError as error:
             kind = Kind.RUN if isinstance(error, DamagedError) else Kind.UNREADABLE
             findings.append(Finding(kind, f"runs/{name}.json", _reason(error, "it is damaged")))
             continue
-        if content is None:
-            there = ", ".join(run_names(store)) or "none"
-            raise StoreError(f"There is no run {name} in {store}; runs there: {there}.")
         for path, place in places(content):
             wanted.setdefault(path, {})[name] = place
     return wanted, {path: f"the run {min(by_run)}" for path, by_run in wanted.items()}
