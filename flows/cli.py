@@ -121,7 +121,7 @@ def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a 
     stages = read_status(store)
     table = Table("stage", box=None, pad_edge=False)
     table.add_column("fingerprint", no_wrap=True, min_width=16)
-    table.add_column("runs")
+    table.add_column("runs", overflow="fold")
     for column in ("done", "pending", "failed", "rows/s", "left"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in stages:

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 import s3_server
-from remote_processes import build_in_process, build_small
+from remote_processes import build_in_process, build_small, make_in_process
 from small_stage import commit, content_of, make_spec
 from stage_builds import changed, make
 from stored_files import results
@@ -300,6 +300,32 @@ def test_killed_at_random_times_a_rerun_equals_an_uninterrupted_run(
             assert_whole(make_spec(store))
     build_small(make_spec(store))
     assert results(store) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_whole_build_on_s3_is_killed_resumed_and_grown(server, store, tiny_build, tmp_path, short_lease):
+    small = changed(tiny_build, identities=3, images=2, negatives__pool=3)
+    grown = changed(small, identities=5, images=3)
+    PROCESSES.set_forkserver_preload(["remote_processes", "s3fs"])
+    random.seed(5)
+    killed = 0
+    for _ in range(12):
+        process = PROCESSES.Process(
+            target=make_in_process, args=(store, s3_server.environment(server), small)
+        )
+        process.start()
+        process.join(random.uniform(2, 8))
+        if process.exitcode == 0:
+            break
+        process.kill()
+        process.join()
+        killed += 1
+    assert killed > 0
+    local = str(tmp_path / "local")
+    for build in (small, grown):
+        make(build, store)
+        make(build, local)
+        assert results(store) == results(local)
 
 
 def test_two_builds_at_once_of_different_extents_share_the_work(server, store, tmp_path):
