@@ -85,6 +85,7 @@ def test_the_full_size_network_takes_the_operations_that_are_published_for_it():
 PARTS_TRIED = ["evaluations", "decoding", "samplers", "outside"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     assert engine.main(["--size", "tiny", "--quick", "--only", *PARTS_TRIED]) == 0
@@ -101,6 +102,7 @@ def test_the_benchmark_runs_and_writes_what_it_found(tmp_path, monkeypatch, caps
     assert "DDIM-200, fp32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
     def broken(setup):
         raise RuntimeError("no store here")
@@ -122,6 +124,7 @@ def test_a_missed_target_is_told(value, at_most, verdict):
     assert engine.failed({"decoding": part}) == (["decoding"] if verdict == "MISSED" else [])
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_runs_and_writes_after_every_section(tmp_path, monkeypatch):
     def broken(setup):
         raise RuntimeError("no such device")

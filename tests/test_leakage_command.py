@@ -18,6 +18,8 @@ from negfacediff_core.store.repair import forget_units
 from negfacediff_core.store.runs import read_run, stages_of_run, write_run
 from negfacediff_core.store.status import unfinished
 
+pytestmark = pytest.mark.slow  # minutes on a busy machine
+
 
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server():
