@@ -146,6 +146,16 @@ def test_other_rules_give_other_images_of_the_same_noise(rule, built, tiny_build
     assert np.abs(mine.astype(int) - far).mean() < np.abs(mine.astype(int) - mine[::-1]).mean()
 
 
+@pytest.mark.parametrize(("rule", "contexts"), [("none", 1), ("null", 2), ("rand", 3)])
+def test_a_build_of_every_rule_ends_with_the_evaluations_that_its_images_took(
+    rule, contexts, tiny_build, tmp_path
+):
+    settings = {"samples__w": 0 if rule == "none" else 0.5, "negatives__count": max(1, contexts - 1)}
+    specs = make(changed(tiny_build, negatives__rule=rule, **settings), tmp_path)
+    report = json.loads(read_file(specs["evaluation"], Unit(0, 0), "report.json"))
+    assert report["network_evaluations"] == contexts * specs["samples"].config["steps"]
+
+
 @pytest.mark.parametrize("rule", ["none", "null"])
 def test_rules_that_name_nobody_take_a_last_block_of_one_identity(rule, tiny_build, tmp_path, monkeypatch):
     monkeypatch.setattr("negfacediff_core.stages.contexts.BLOCK", 4)

@@ -275,7 +275,8 @@ def _evaluations_an_image(spec: StageSpec) -> int:
     """How often the network is evaluated for one image, as its sampler and guidance ask for it."""
     samples, negatives = spec.input("samples"), spec.input("negatives").config
     timesteps = open_release(Path(samples.weights["generator"].path)).schedule.T
-    count = 0 if negatives["rule"] == "none" else negatives["count"]
+    # the rule null picks nobody: it has no count, and one context for all
+    count = 0 if negatives["rule"] == "none" else negatives.get("count", 1)
     return evaluations_of(passes_of(sampler_settings(samples), timesteps, count))
 
 
