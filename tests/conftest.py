@@ -127,6 +127,15 @@ def tiny_build(tiny_pack):
 
 
 @pytest.fixture(scope="session")
+def prefect_server():
+    """A Prefect server with an empty database, shared by all tests of one process: a start takes 10 s."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=300):
+        yield
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A saved release of tiny random networks, which tests only read: its folder, and the networks."""
     folder = tmp_path_factory.mktemp("saved")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.build import build_dataset
 from flows.cli import BAD_INPUT, main
@@ -30,13 +29,9 @@ from negfacediff_core.stages.evaluation import RESAMPLES
 from negfacediff_core.store.layout import fingerprint
 from negfacediff_core.store.records import read_record, records, write_record
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
 THREADS = ExecutionConfig(workers=1, device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_server():
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
 
 
 def varied(build, name, **sections):

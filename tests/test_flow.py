@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import demo as demo_module
 from flows.build import build_dataset
@@ -25,15 +24,11 @@ from negfacediff_core.store.records import records
 from negfacediff_core.store.status import status
 from tasks import chunks
 
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
 THREADS = ExecutionConfig(workers=2, device="cpu")
 # 3 x 2 units of samples, aligned crops and embeddings; contexts, negatives and evaluation are one each.
 UNITS = 3 * 6 + 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_server():
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from context_material import save_pictures
-from prefect.testing.utilities import prefect_test_harness
 from stage_builds import make
 from stored_files import results
 
@@ -18,13 +17,8 @@ from negfacediff_core.store.repair import forget_units
 from negfacediff_core.store.runs import read_run, stages_of_run, write_run
 from negfacediff_core.store.status import unfinished
 
-pytestmark = pytest.mark.slow  # minutes on a busy machine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect_server():
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
+# minutes on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture(scope="module")

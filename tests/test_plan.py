@@ -10,7 +10,6 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 from rich.console import Console
 from stage_builds import changed, make
 
@@ -241,12 +240,6 @@ def test_with_nobody_to_ask_the_command_refuses_and_says_how_to_approve(
     assert "more than the 1 that need no approval" in said and "--yes" in said
     assert len(said.strip().splitlines()) == 1
     assert not list(store.iterdir()), "a place that was tried, and nothing in it"
-
-
-@pytest.fixture(scope="module")
-def prefect_server():
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
 
 
 def answered(build, store, approved: bool):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import sweep as sweep_module
 from flows.sweep import cases, load_sweep, run_sweep, sweep_texts
@@ -68,6 +67,7 @@ def test_seeds_and_fields_reach_the_builds(tiny_sweep):
     assert [case.build.contexts.seed for case in cases(load_sweep(str(tiny_sweep)))] == [0, 7, 0, 7]
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_a_sweep_that_stops_leaves_what_is_done_and_goes_on(tiny_sweep, tmp_path, monkeypatch):
     described, out = load_sweep(str(tiny_sweep)), tmp_path / "out"
     real, made = sweep_module.build_dataset, []
@@ -78,13 +78,12 @@ def test_a_sweep_that_stops_leaves_what_is_done_and_goes_on(tiny_sweep, tmp_path
         made.append(build.name)
         return real(build, execution, store)
 
-    with prefect_test_harness(server_startup_timeout=300):
-        monkeypatch.setattr(sweep_module, "build_dataset", stops_at_the_third)
-        with pytest.raises(KeyboardInterrupt):
-            run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
-        assert [row["seed"] for row in json.loads((out / "rows.json").read_text())] == [0, 7]
-        monkeypatch.setattr(sweep_module, "build_dataset", real)
-        rows = run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
+    monkeypatch.setattr(sweep_module, "build_dataset", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
+    assert [row["seed"] for row in json.loads((out / "rows.json").read_text())] == [0, 7]
+    monkeypatch.setattr(sweep_module, "build_dataset", real)
+    rows = run_sweep(described, str(tmp_path / "store"), str(out), THREADS)
     assert json.loads((out / "rows.json").read_text()) == json.loads(json.dumps(rows))
     assert [(row["variation"], row["seed"]) for row in rows] == [
         ("short", 0),
