@@ -14,6 +14,13 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig
 
 DEFAULTS = ExecutionConfig()
 
+Preset = Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's log as well.")]
 
 

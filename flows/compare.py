@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from prefect import flow
 
-from flows.results import figures_of, judge_of, protocol_of, publish, report_of, seconds_of
+from flows.artifacts import publish
+from flows.results import figures_of, judge_of, protocol_of, report_of, seconds_of
 from flows.words import command_text, count_text
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.evaluation.plots import COLOURS, det_curves, score_histogram
@@ -35,6 +36,11 @@ def compare(store: str, runs: Sequence[str], out: str = "comparison") -> dict[st
 
     Returns the report, as `report.json` has it. ConfigError for a selection that cannot be compared,
     StoreError where a run is missing or not finished.
+
+    Args:
+        store: Folder or fsspec URL of the store.
+        runs: Names of 2 to 7 finished runs; the others are compared with the first.
+        out: Folder or fsspec URL for the report and the pictures.
     """
     title = f"{', '.join(runs[:-1])} and {runs[-1]}"
     return write_comparison(title, read_datasets(store, runs), out)
@@ -92,7 +98,7 @@ def write_comparison(title: str, datasets: Mapping[str, Dataset], out: str) -> d
         folder.write_atomic(name, content)
     folder.write_atomic("report.html", page.encode())
     folder.write_atomic("report.json", (json.dumps(report, indent=2) + "\n").encode())
-    publish(title, report, pictures)
+    publish(title, report, pictures, f"{folder.url}/report.html")
     return report
 
 
@@ -123,14 +129,16 @@ def _not_comparable(what: str, names: Mapping[str, str]) -> str:
 def _why_unpaired(spec: StageSpec, first: StageSpec) -> str:
     """Say why the difference of two evaluations has no interval, to follow "because"; "" where it has one."""
     one, two = spec.config, first.config
-    fields = {"identities": "identities", "images": "images of each", "bootstrap": "draws", "seed": "seed"}
+    fields = {
+        "protocol": "protocol",
+        "identities": "identities",
+        "images": "images of each",
+        "bootstrap": "draws",
+        "seed": "seed",
+    }
     differing = [
-        f"{words} ({one[name]:,} and {two[name]:,})"
-        for name, words in fields.items()
-        if one[name] != two[name]
+        f"{words} ({one[name]} and {two[name]})" for name, words in fields.items() if one[name] != two[name]
     ]
-    if "paper" in (one["protocol"], two["protocol"]):
-        return "figures of the protocol paper have none"
     if not (one["bootstrap"] and two["bootstrap"]):
         return "evaluation.bootstrap is 0, so that no identities were drawn"
     if differing:

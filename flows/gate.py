@@ -1,7 +1,6 @@
 """The flow `leakage_gate`: gallery, neighbours, counts, and what the policy asks for."""
 
 import io
-import threading
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,11 +8,10 @@ import pyarrow.parquet as pq
 from prefect import flow
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
-from rich.console import Console
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, finish, meter_of
-from flows.leakage import GateRecord
-from flows.progress import CallbackBar, show_progress
+from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, meter_of, run_groups
+from flows.leakage import GateRecord, gate_names
+from flows.progress import CallbackBar
 from flows.results import figures_of, report_of, seconds_of, write_page
 from flows.resume import build_of
 from negfacediff_core.config import ExecutionConfig, LeakageConfig, Policy
@@ -28,8 +26,7 @@ from negfacediff_core.store.location import locate
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.runs import write_run
 from negfacediff_core.store.shards import prepare, read_arrays
-from tasks.chunks import Crew
-from tasks.executors import installed_versions, open_pool
+from tasks.machine import installed_versions
 
 # Pairs that a sheet shows.
 SHOWN = 20
@@ -45,9 +42,10 @@ def leakage_gate(
 ) -> dict[str, Any]:
     """Compare the images of `run` with a gallery, and do what the policy says.
 
-    The gate's stages are bound to the name `<run>.leakage`. Policy flag writes `runs/<run>.leakage.parquet`,
-    a row an image that leaks at `settings.fmr`; drop makes the run `<run>.kept` besides, whose embeddings
-    and evaluation leave those images out. Nothing that is committed changes.
+    The gate's stages are bound to the name `<run>.leakage.<gallery>`, see `gate_names`. Policy flag writes
+    `runs/<run>.leakage.<gallery>.parquet`, a row an image that leaks at `settings.fmr`; drop makes the run
+    `<run>.kept.<gallery>` besides, whose embeddings and evaluation leave those images out. Nothing that is
+    committed changes.
 
     Returns the `report`, the `places` of what was written, and the `figures` of the run and of what was kept
     (policy drop). Raises as `plan_gate` and `build_dataset`.
@@ -56,9 +54,10 @@ def leakage_gate(
     for spec in gate.stages.values():
         prepare(spec)
     asked = GateRecord(run=run, settings=settings)
-    _record(store, f"{run}.leakage", asked, gate.stages, None)
-    _finish(gate.stages, execution, f"Comparing {run} with {settings.gallery}")
-    _record(store, f"{run}.leakage", asked, gate.stages, seconds_of(gate.stages.values()))
+    name = gate_names(run, gate.label).counts
+    _record(store, name, asked, gate.stages, None)
+    _finish(name, store, gate.stages, execution, f"Comparing {run} with {settings.gallery}")
+    _record(store, name, asked, gate.stages, seconds_of(gate.stages.values()))
     counted = gate.stages["leakage"]
     report = read_report(counted)
     places = {"report": f"{counted.directory}/{REPORT}"}
@@ -67,29 +66,22 @@ def leakage_gate(
     figures: list[dict[str, Any]] = []
     if settings.policy in (Policy.flag, Policy.drop):
         thresholds_at(report, settings.fmr)
-        places["flagged"] = _flag(store, run, counted, settings.fmr)
+        places["flagged"] = _flag(store, name, counted, settings.fmr)
     if settings.policy == Policy.drop:
         figures = _drop(store, asked, gate, execution)
+        places["kept"] = f"the run {figures[-1]['name']}"
     return {"report": report, "places": places, "figures": figures}
 
 
-def _finish(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str) -> None:
-    """Bring stages to their end one after the other, with progress on the console."""
+def _finish(
+    run: str, store: str, specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str
+) -> None:
+    """Bring the stages of a run to their end one after the other, with progress."""
     meters = [meter_of(spec) for spec in specs.values()]
     for meter in meters:
         if meter.stage == "gallery":
             meter.noun = "images"  # whose numbers stand where others have identities
-    if all(meter.complete for meter in meters):
-        return
-    stop = threading.Event()
-    with open_pool(execution) as pool, show_progress(title, meters, Console(stderr=True)) as reporter:
-        crew = Crew(pool, execution, reporter.started, reporter.committed, stop)
-        try:
-            for spec in specs.values():
-                finish([spec], crew)
-        except BaseException:
-            stop.set()
-            raise
+    run_groups(run, store, [[spec] for spec in specs.values()], meters, execution, title)
 
 
 def _record(
@@ -108,13 +100,13 @@ def _record(
     write_run(store, name, {**content, "seconds": seconds})
 
 
-def _flag(store: str, run: str, counted: StageSpec, rate: float) -> str:
-    """Write the images that leak at a rate beside the run."""
+def _flag(store: str, name: str, counted: StageSpec, rate: float) -> str:
+    """Write the images that leak at a rate beside the gate's run record `name`."""
     buffer = io.BytesIO()
     pq.write_table(leaking(counted, rate), buffer)
-    folder, name = locate(store).at("runs"), f"{run}.leakage.parquet"
-    folder.write_atomic(name, buffer.getvalue())
-    return f"{folder.url}/{name}"
+    folder = locate(store).at("runs")
+    folder.write_atomic(f"{name}.parquet", buffer.getvalue())
+    return f"{folder.url}/{name}.parquet"
 
 
 def _drop(store: str, asked: GateRecord, gate: Gate, execution: ExecutionConfig) -> list[dict[str, Any]]:
@@ -125,16 +117,15 @@ def _drop(store: str, asked: GateRecord, gate: Gate, execution: ExecutionConfig)
     for spec in remade.values():
         prepare(spec)
     specs = {**gate.run, **remade}
-    name = f"{run}.kept"
+    name = gate_names(run, gate.label).kept
     _record(store, name, asked, specs, None)
     left = pending(marked)
     with CallbackBar("embeddings", "units") as bar:
         for done, unit in enumerate(left):
             kept.mark_unit(marked, unit)
             bar(done + 1, len(left))
-    _finish(
-        {key: spec for key, spec in remade.items() if spec is not marked}, execution, f"Evaluating {name}"
-    )
+    rest = {key: spec for key, spec in remade.items() if spec is not marked}
+    _finish(name, store, rest, execution, f"Evaluating {name}")
     seconds = seconds_of(specs.values())
     _record(store, name, asked, specs, seconds)
     figures = [figures_of(run, gate.run), figures_of(name, specs)]

@@ -1,6 +1,6 @@
 """`negfacediff leakage`: are generated faces those of real people? The flow of the gate, and its command."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from pydantic import ValidationError
@@ -20,11 +20,26 @@ if TYPE_CHECKING:
 _FIELDS = LeakageConfig.model_fields
 
 
+class GateNames(NamedTuple):
+    """The names of the runs that a gate makes: its `counts`, and what policy drop has `kept`."""
+
+    counts: str
+    kept: str
+
+
 class GateRecord(Model):
-    """What the records `<run>.leakage` and `<run>.kept` hold of the gate that made them."""
+    """What the records of a gate's runs hold of the gate that made them."""
 
     run: str
     settings: LeakageConfig
+
+
+def gate_names(run: str, gallery: str) -> GateNames:
+    """Name what a gate makes of a run; `gallery` tells galleries apart, so that each has a gate of its own.
+
+    Stores of earlier versions have `<run>.leakage` and `<run>.kept`, for the last gallery alone.
+    """
+    return GateNames(f"{run}.leakage.{gallery}", f"{run}.kept.{gallery}")
 
 
 @with_execution("batch_size", "device", "acceleration", "approve_above_hours")
@@ -139,7 +154,7 @@ def stages_of_gate(store: str, name: str, gate: GateRecord) -> "list[StageSpec]"
 
 def holds_kept(name: str, gate: GateRecord) -> bool:
     """Tell whether a gate's run `name` is a dataset: what policy drop has kept of the gate's run."""
-    return name == f"{gate.run}.kept"
+    return f"{name}.".startswith(f"{gate.run}.kept.")
 
 
 def _settings(**values: Any) -> LeakageConfig:

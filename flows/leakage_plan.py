@@ -25,7 +25,7 @@ from negfacediff_core.stages.models import embedder_of
 from negfacediff_core.stages.stored_gallery import KEPT, UNITS
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.records import pending
-from tasks.executors import usable_cores
+from tasks.machine import usable_cores
 
 # How much of each kind of work is tried: images, and a search of queries in a gallery.
 _IMAGES, _QUERIES, _VECTORS = 4, 512, 16_384

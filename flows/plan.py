@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.command import DEFAULTS, with_execution
+from flows.command import DEFAULTS, Changes, Preset, with_execution
 from flows.progress import clock_text
 from flows.words import count_text, size_text
 from negfacediff_core.config import ExecutionConfig
@@ -23,14 +23,9 @@ AT_HAND = ("auto", "cpu", "cuda")
 
 @with_execution("device", "retries", "approve_above_hours")
 def plan(
-    preset: Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")],
+    preset: Preset,
     store: Annotated[str, typer.Option(help="Folder or fsspec URL that the dataset is to go to.")] = "store",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
-        ),
-    ] = None,
+    set_: Changes = None,
     execution: ExecutionConfig = DEFAULTS,
     device: Annotated[
         str,

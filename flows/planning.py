@@ -22,7 +22,7 @@ from negfacediff_core.stages.costs import (
 from negfacediff_core.stages.sizes import StageSize, assumed_specs
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.records import pending
-from tasks.executors import usable_cores, uses_gpu
+from tasks.machine import local_workers, uses_gpu, workers_by_cores
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,19 @@ def timed_plan_of(build: BuildConfig, store: str, execution: ExecutionConfig) ->
 def places_of(execution: ExecutionConfig, calibration: Calibration | None = None) -> tuple[int, int]:
     """How many GPUs, and how many workers on CPUs beside them, a build runs on.
 
-    The workers of a scheduler elsewhere are as many as `execution.workers` says; it is not asked.
+    The workers of a cluster elsewhere are as many as `execution.workers` says; it is not asked.
     """
-    cores = max(1, usable_cores() // execution.threads_per_worker)
+    cores = workers_by_cores(execution)
     if calibration is not None and calibration.floor:
         return execution.workers or 1, cores
-    if "://" in execution.executor:
+    if execution.elsewhere:
         workers = execution.workers or 1
         return (workers if execution.device.startswith("cuda") else 0), workers
     if not uses_gpu(execution.device):
-        return 0, execution.workers or cores
+        return 0, local_workers(execution)
     if execution.executor == "cuda":
         return execution.workers or _gpus(), cores
-    return 1, execution.workers or cores
+    return 1, local_workers(execution)
 
 
 def _gpus() -> int:

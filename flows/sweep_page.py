@@ -1,32 +1,40 @@
 """What a sweep leaves to read: a table and a plot of its figures over the seeds of every setting."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
 from negfacediff_core.evaluation.plots import COLOURS, INK, draw, finish
 
 _MARKERS = "osD^v"
+# Points (1/72 inch) between settings that are drawn side by side.
+_BESIDE = 6.0
 
 
 class Measure(NamedTuple):
-    """A figure that is set against the axis: its key, its title, its form as text, and what is better."""
+    """A figure of a sweep: its key, its title, its form as text and, where it is plotted, what is better."""
 
     key: str
     title: str
     form: str
-    better: str
+    better: str = ""
 
 
+#: What is set against the axis.
 MEASURES = (
     Measure("fdr", "FDR", ".2f", "more is better"),
     Measure("eer", "EER", ".1%", "less is better"),
     Measure("detected_fraction", "faces found", ".1%", "more is better"),
     Measure("embedding_diversity", "intra-identity distance", ".3f", "1 - cosine"),
 )
+#: What the table has besides.
+LISTED = (Measure("fmr100", "FMR100", ".1%"), Measure("seconds", "seconds of work", ",.0f"))
 EVALUATIONS = "network evaluations an image"
 AXES = {"evaluations": ("network_evaluations", EVALUATIONS), "w": ("w", "negative weight w")}
 
@@ -35,18 +43,22 @@ Row = Mapping[str, Any]
 
 def table_of(rows: Sequence[Row]) -> str:
     """Return a Markdown table: a line a setting, with the mean over its seeds, the lowest and the highest."""
-    head = ["setting", "", EVALUATIONS, *(measure.title for measure in MEASURES), "seeds"]
+    measures = (*MEASURES, *LISTED)
+    head = ["setting", "", EVALUATIONS, *(measure.title for measure in measures), "seeds"]
     lines = [head, ["---"] * len(head)]
     for group, variations in _grouped(rows).items():
         for name, chosen in variations.items():
-            cells = (_spread_text(_values(chosen, measure.key), measure.form) for measure in MEASURES)
+            cells = (_spread_text(_values(chosen, measure.key), measure.form) for measure in measures)
             evaluations = f"{chosen[0]['network_evaluations']:,}"
             lines.append([name, group, evaluations, *cells, str(len(chosen))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> bytes:
-    """Plot every measure against `axis` (of AXES): means over seeds, bars from the lowest to the highest."""
+    """Plot every measure against `axis` (of AXES): means over seeds, bars from the lowest to the highest.
+
+    Groups of a single setting that share its place with others are drawn beside it.
+    """
     key, label = AXES[axis]
     figure = Figure(figsize=(10, 7.2), dpi=130, facecolor="white", layout="constrained", label="sweep")
     groups = _grouped(rows)
@@ -54,25 +66,16 @@ def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> by
         {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number // len(COLOURS)]}
         for number in range(len(groups))
     ]
+    shifts = shifts_of([[chosen[0][key] for chosen in variations.values()] for variations in groups.values()])
+    label += "; equal ones side by side" * any(shifts)
     for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
-        for look, variations in zip(looks, groups.values(), strict=True):
+        for look, variations, shift in zip(looks, groups.values(), shifts, strict=True):
             points = sorted(
                 (chosen[0][key], values)
                 for chosen in variations.values()
                 if (values := _values(chosen, measure.key))
             )
-            means = [statistics.mean(values) for _, values in points]
-            below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
-            above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
-            axes.errorbar(
-                [x for x, _ in points],
-                means,
-                yerr=[below, above],
-                **look,
-                markersize=5,
-                linewidth=1.4,
-                capsize=2.5,
-            )
+            _draw_group(axes, points, shift, look)
         if axis == "evaluations":
             axes.set_xscale("log")
             ticks = sorted({row[key] for row in rows})
@@ -87,6 +90,46 @@ def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> by
     figure.suptitle(title, color=INK, fontsize=12)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     return draw(figure, form)
+
+
+def shifts_of(places: Sequence[Sequence[float]]) -> list[float]:
+    """How far to the right each group is drawn of its `places` on the axis, in points.
+
+    A group of several places is a line, which stays; those of one that is taken, by a line or another one,
+    are put beside it, right and left in turn.
+    """
+    # lines that cross are told apart by their course, and take one place together
+    taken = Counter({place for group in places if len(group) > 1 for place in group})
+    shifts = []
+    for group in places:
+        number = taken[group[0]] if len(group) == 1 else 0
+        taken[group[0]] += len(group) == 1
+        shifts.append(_BESIDE * ((number + 1) // 2) * (1 if number % 2 else -1))
+    return shifts
+
+
+def _draw_group(
+    axes: Axes, points: Sequence[tuple[float, Sequence[float]]], shift: float, look: Mapping[str, Any]
+) -> None:
+    """Draw places and their values over seeds, `shift` points to the right."""
+    if not points:
+        return
+    means = [statistics.mean(values) for _, values in points]
+    below = [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)]
+    above = [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)]
+    drawn = axes.errorbar(
+        [place for place, _ in points],
+        means,
+        yerr=[below, above],
+        **look,
+        markersize=5,
+        linewidth=1.4,
+        capsize=2.5,
+    )
+    # in points, and after the limits of the axis are known: on a logarithmic one a distance is no number
+    beside = ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    for part in drawn.get_children():
+        part.set_transform(axes.transData + beside)
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:

@@ -136,6 +136,16 @@ def prefect_server():
 
 
 @pytest.fixture(scope="session")
+def tiny_store(tiny_build, tmp_path_factory):
+    """A store with the tiny build as the run `tiny`, whole but for its pictures; tests read or copy it."""
+    from stage_builds import make
+
+    store = tmp_path_factory.mktemp("tiny_store") / "store"
+    make(tiny_build, store)
+    return store
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A saved release of tiny random networks, which tests only read: its folder, and the networks."""
     folder = tmp_path_factory.mktemp("saved")

@@ -74,6 +74,17 @@ def test_bands_add_up_to_the_exact_lists(identities, size, rows, seed):
             assert np.isnan(kind.mean) and np.isnan(kind.std)
 
 
+def test_a_band_that_is_not_compared_inside_adds_the_other_pairs_alone():
+    embeddings, valid = faces(9, 5)
+    own, others = images_of(embeddings, valid, range(4)), images_of(embeddings, valid, range(4, 9))
+    inside, across = score_band(own, ()), score_band(own, [others], inside=False)
+    assert across.images == 0 and not across.genuine.any() and not across.gram.any()
+    assert across.impostor.sum() == valid[:4].sum() * valid[4:].sum()
+    for one, other in zip(add_up([inside, across]), add_up([score_band(own, [others])]), strict=True):
+        np.testing.assert_array_equal(one.counts, other.counts)
+        assert (one.mean, one.std) == (other.mean, other.std)
+
+
 def test_other_images_may_come_in_any_pieces():
     embeddings, valid = faces(12, 5)
     own, others = images_of(embeddings, valid, range(4)), images_of(embeddings, valid, range(4, 12))

@@ -23,8 +23,7 @@ from flows.compare import (
 from flows.results import figures_of, report_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError, StoreError
-from negfacediff_core.evaluation.figures import check_report
-from negfacediff_core.evaluation.schema import report_schema
+from negfacediff_core.evaluation.schema import check_report, report_schema
 from negfacediff_core.stages.evaluation import RESAMPLES
 from negfacediff_core.store.layout import fingerprint
 from negfacediff_core.store.records import read_record, records, write_record
@@ -114,7 +113,7 @@ def test_other_judges_and_protocols_are_said_loudly_and_all_are_named(store, tmp
 @pytest.mark.parametrize(
     "config, reason",
     [
-        ({"protocol": "paper"}, "protocol paper"),
+        ({"protocol": "paper"}, r"other protocol \(paper and full\)"),
         ({"bootstrap": 0}, "evaluation.bootstrap is 0"),
         ({"seed": 7, "identities": 4}, r"other identities \(4 and 5\), seed \(7 and 0\)"),
         ({}, ""),

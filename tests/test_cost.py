@@ -32,7 +32,8 @@ from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.operations import decoder_gflop, module_gflop, onnx_gflop, unet_gflop
 from negfacediff_core.recognition.backbones import build_backbone
-from negfacediff_core.stages.costs import JUDGE_GFLOP
+from negfacediff_core.stages import describe_build
+from negfacediff_core.stages.costs import JUDGE_GFLOP, networks_of, not_counted, sizes_of, work_of
 from negfacediff_core.stages.sizes import BYTES_TOLERANCE, assumed_specs, size_of
 from negfacediff_core.store.shards import prepare
 
@@ -260,3 +261,13 @@ def test_a_calibration_gives_the_rates_of_the_network_nearest_in_size():
     assert calibration.with_network("fp32", 4.0)["write"].value == 5
     with pytest.raises(ConfigError, match=r"no rates .* bf16, only for fp32"):
         calibration.with_network("bf16", 1.0)
+
+
+def test_what_an_evaluation_takes_besides_its_scores_is_counted_or_said(tiny_build, tmp_path):
+    build = changed(tiny_build, identities=100, images=30)  # enough to score in bands
+    networks, specs = networks_of(build), describe_build(build, str(tmp_path))
+    work = work_of(build, specs, sizes_of(specs, networks), networks)
+    strays = [part.amount for part in work if part.stage == "evaluation"]
+    assert strays == [4 * 100**2 * 30 * 16 / 1e9]
+    assert "10 draws for the intervals, at most 1 min" in not_counted(build)
+    assert not any("draws" in words for words in not_counted(changed(build, evaluation__bootstrap=0)))

@@ -22,6 +22,7 @@ from negfacediff_core.stages import plan_build
 from negfacediff_core.stages.aligned import LANDMARKS
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, RANGES, dataset_figures
+from negfacediff_core.stages.evaluation import sheet_panel
 from negfacediff_core.stages.models import PROJECT
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Unit, read_spec
@@ -52,9 +53,9 @@ def full_build(tiny_build, networks):
 
 
 @pytest.fixture(scope="module")
-def built(full_build, tmp_path_factory):
-    """That build, whole; tests only read it."""
-    return make(full_build, tmp_path_factory.mktemp("built"))
+def built(full_build, tiny_store, tmp_path_factory):
+    """That build, whole, of the tiny build's images; tests only read it."""
+    return make(full_build, shutil.copytree(tiny_store, tmp_path_factory.mktemp("built") / "store"))
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +224,10 @@ def test_images_outside_the_band_are_no_part_of_the_dataset(built, banded):
     assert after["distributions"]["context_cosine"] == before["distributions"]["context_cosine"]
     rows = read_rows(specs["evaluation"], Unit(0, 0)).to_pydict()
     assert rows["images"] == (status == "ok").sum(axis=1).tolist()
+    assert after["kept_images"] == (status == "ok").sum() < before["kept_images"]
+    assert after["kept_fraction"] == pytest.approx((status == "ok").mean())
+    panel = sheet_panel(specs["evaluation"], "banded", IDENTITIES, IMAGES)
+    np.testing.assert_array_equal(panel.taken_out, status == "out_of_band")
 
 
 def test_images_outside_the_band_have_not_failed(banded):

@@ -5,7 +5,6 @@ import re
 from dataclasses import fields
 
 import pytest
-from stage_builds import make
 
 from negfacediff_core.evaluation.distribution_plots import LABELS, distribution_plots
 from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
@@ -13,6 +12,7 @@ from negfacediff_core.evaluation.metrics import Separability
 from negfacediff_core.evaluation.summaries import summarise
 from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, RANGES
 from negfacediff_core.stages.models import PROJECT
+from negfacediff_core.store.runs import stages_of_run
 from negfacediff_core.store.shards import read_file
 
 PAGE = (PROJECT / "docs" / "figures.md").read_text(encoding="utf-8")
@@ -32,8 +32,8 @@ def test_every_key_of_the_report_and_of_the_rows_is_explained():
     assert RANGES.keys() == LABELS.keys() <= explained
 
 
-def test_every_key_of_a_real_report_is_explained(tiny_build, tmp_path):
-    specs = make(tiny_build, tmp_path)
+def test_every_key_of_a_real_report_is_explained(tiny_store):
+    specs = stages_of_run(str(tiny_store), "tiny")
     unit, *_ = specs["evaluation"].grid.units()
     report = json.loads(read_file(specs["evaluation"], unit, "report.json"))
     held = set(report) | {key for point in (*report["at_fmr"], *report["at_threshold"]) for key in point}

@@ -18,7 +18,7 @@ from flows.build import build_dataset
 from flows.cli import BUILD_FAILED, main
 from flows.demo import demo
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.evaluation.figures import check_report
+from negfacediff_core.evaluation.schema import check_report
 from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.store.records import records
 from negfacediff_core.store.status import status

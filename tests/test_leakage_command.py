@@ -1,12 +1,12 @@
 """The command `leakage`: what it prints and leaves, and that a second time nothing is made."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from context_material import save_pictures
-from stage_builds import make
 from stored_files import results
 
 from flows.cli import main
@@ -22,10 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture(scope="module")
-def store(tiny_build, tmp_path_factory):
+def store(tiny_build, tiny_store, tmp_path_factory):
     """A finished run, as the flow records it."""
-    store = tmp_path_factory.mktemp("command") / "store"
-    make(tiny_build, store)
+    store = shutil.copytree(tiny_store, tmp_path_factory.mktemp("command") / "store")
     record = read_run(str(store), "tiny")
     write_run(str(store), "tiny", {**record, "config": tiny_build.model_dump(mode="json"), "seconds": 1.0})
     return store
@@ -48,6 +47,19 @@ def again(command, store, *options):
 def data_of(store):
     """What a store holds but for its pages, which tell what the work took."""
     return {path: content for path, content in results(store).items() if not path.endswith(".html")}
+
+
+def runs_of_gate(store, kind="*"):
+    """The names of the runs that gates made of the run, in order."""
+    return sorted(path.stem for path in (store / "runs").glob(f"tiny.{kind}.*.json"))
+
+
+@pytest.fixture(autouse=True)
+def only_the_run(store):
+    """What gates of other tests have made is no part of the next."""
+    yield
+    for path in (store / "runs").glob("tiny.*.*"):
+        path.unlink()
 
 
 def leaky_gallery(store, folder):
@@ -73,20 +85,21 @@ def test_images_that_leak_are_counted_flagged_and_dropped(store, tmp_path, capsy
     assert f"{valid.sum()} of 15 images compared with 151 faces of 151 people" in said.out
     assert (
         "11,325 impostor pairs; FMR 0.0001 takes 100,000, FMR 1e-05 takes" in said.out
-        and "tiny.kept" in said.out
+        and "the run tiny.kept.gallery-" in said.out
     )
     place = tuple(np.argwhere(valid)[0])
     assert f"identity {place[0]}, image {place[1]} and a training image: 1.000" in said.out
-    flagged = pq.read_table(store / "runs" / "tiny.leakage.parquet")
+    (counts,), (kept_run,) = runs_of_gate(store, "leakage"), runs_of_gate(store, "kept")
+    flagged = pq.read_table(store / "runs" / f"{counts}.parquet")
     found = list(
         zip(flagged.column("identity").to_pylist(), flagged.column("replicate").to_pylist(), strict=True)
     )
     assert place in found
-    status = read_column(stages_of_run(str(store), "tiny.kept")["embeddings"], "status", 5, 3)
+    status = read_column(stages_of_run(str(store), kept_run)["embeddings"], "status", 5, 3)
     assert [tuple(map(int, one)) for one in np.argwhere(status == "leaked")] == found
     assert (read_column(stages["embeddings"], "status", 5, 3) == "leaked").sum() == 0
-    kept = stages_of_run(str(store), "tiny.kept")["evaluation"]
-    assert "tiny.kept" in (store / kept.path / "report.html").read_text()
+    kept = stages_of_run(str(store), kept_run)["evaluation"]
+    assert kept_run in (store / kept.path / "report.html").read_text()
     assert unfinished(str(store)) == {}
     assert find_rubbish(str(store)) == []
 
@@ -99,26 +112,27 @@ def test_a_gate_and_what_it_kept_are_gone_on_with_by_their_records(store, tmp_pa
     file, _ = leaky_gallery(store, tmp_path)
     assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
     whole = data_of(store)
-    record = read_run(str(store), "tiny.kept")
+    counts, kept_run = sorted(runs_of_gate(store), reverse=True)
+    record = read_run(str(store), kept_run)
     assert record["gate"]["run"] == "tiny" and record["gate"]["settings"]["gallery"] == str(file)
-    kept = stages_of_run(str(store), "tiny.kept")
-    compared = read_run(str(store), "tiny.leakage")["stages"]["neighbours"]["fingerprint"]
+    kept = stages_of_run(str(store), kept_run)
+    compared = read_run(str(store), counts)["stages"]["neighbours"]["fingerprint"]
 
     forget_units(str(store), {kept["evaluation"].path: {Unit(0, 0)}})
-    assert list(unfinished(str(store))) == ["tiny.kept"]
+    assert list(unfinished(str(store))) == [kept_run]
     capsys.readouterr()
     assert again("resume", store) == 0
     assert "11,325 impostor pairs" in capsys.readouterr().out
     assert unfinished(str(store)) == {} and data_of(store) == whole
 
     forget_units(str(store), {f"neighbours/{compared}": {Unit(0, 0)}})
-    assert sorted(unfinished(str(store))) == ["tiny.kept", "tiny.leakage"]
-    assert again("retry-failed", store, "tiny.leakage") == 0
+    assert sorted(unfinished(str(store))) == [kept_run, counts]
+    assert again("retry-failed", store, counts) == 0
     assert "Missing: " in capsys.readouterr().out
     assert unfinished(str(store)) == {} and data_of(store) == whole
 
     np.savez(file, embeddings=np.random.default_rng(1).standard_normal((151, 16)).astype(np.float32))
-    for name in ("tiny.leakage", "tiny.kept"):
+    for name in (counts, kept_run):
         assert again("resume", store, name) == 2
         said = capsys.readouterr().err
         assert f"The run {name} would not go on but begin anew" in said and "negfacediff leakage" in said
@@ -131,11 +145,38 @@ def test_a_gallery_that_failed_is_read_again_with_all_that_was_compared_with_it(
     assert leakage(store, "--gallery", gallery) == 0
     whole = data_of(store)
     capsys.readouterr()
-    assert again("retry-failed", store, "tiny.leakage") == 0
+    (counts,) = runs_of_gate(store)
+    assert again("retry-failed", store, counts) == 0
     made = len(stages_of_run(str(store), "tiny")["aligned"].grid.units()) + 1
     said = capsys.readouterr().out
     assert f"Pending again: 1 failed row in 1 unit, and {made} units made from them." in said
-    assert data_of(store) == whole and "tiny.leakage" not in unfinished(str(store))
+    assert data_of(store) == whole and counts not in unfinished(str(store))
+
+
+def test_galleries_stand_side_by_side_and_older_records_go_on(store, tmp_path, capsys):
+    file, _ = leaky_gallery(store, tmp_path)
+    people = save_pictures(tmp_path / "public set", range(4))
+    assert leakage(store, "--gallery", file, "--policy", "drop", "--fmr", 0.001) == 0
+    first = {name: read_run(str(store), name) for name in runs_of_gate(store)}
+    assert leakage(store, "--gallery", people) == 0
+    kept_run, counts, other = runs_of_gate(store)
+    assert counts.startswith("tiny.leakage.gallery-") and other.startswith("tiny.leakage.public-set-")
+    assert {name: read_run(str(store), name) for name in first} == first
+    assert find_rubbish(str(store)) == [] and unfinished(str(store)) == {}
+
+    # as versions before named them
+    older = {"tiny.leakage": first[counts], "tiny.kept": first[kept_run]}
+    for name, record in older.items():
+        write_run(str(store), name, record)
+    for name in first:
+        (store / "runs" / f"{name}.json").unlink()
+    kept = stages_of_run(str(store), "tiny.kept")
+    forget_units(str(store), {kept["evaluation"].path: {Unit(0, 0)}})
+    assert list(unfinished(str(store))) == ["tiny.kept"]
+    assert again("resume", store, "tiny.kept") == 0
+    assert unfinished(str(store)) == {}
+    for name in older:
+        (store / "runs" / f"{name}.json").unlink()
 
 
 def test_a_kept_run_cannot_be_dropped_from_again(store, tmp_path, capsys):

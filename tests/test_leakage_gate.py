@@ -3,6 +3,7 @@ copies.
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from context_material import save_pack, save_pictures
 from PIL import Image
 from stage_builds import EXECUTION, changed, make
 
+from flows.leakage import GateRecord, gate_names, holds_kept
 from flows.leakage_plan import estimate
 from negfacediff_core.config import LeakageConfig
 from negfacediff_core.errors import ConfigError, ContextsError, StoreError, WeightsError
@@ -27,23 +29,16 @@ from negfacediff_core.stages.leakage import leaking, read_report, thresholds_at
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.records import pending
+from negfacediff_core.store.runs import run_names, write_run
 from negfacediff_core.store.shards import prepare, read_arrays, read_file, read_rows
 from negfacediff_core.store.verify import check_units, survey
 
 EXTENT = (5, 3)
 
 
-@pytest.fixture(scope="module")
-def built(tiny_build, tmp_path_factory):
-    """A store with the tiny run, which tests copy."""
-    store = tmp_path_factory.mktemp("gate") / "store"
-    make(tiny_build, store)
-    return store
-
-
 @pytest.fixture
-def store(built, tmp_path):
-    return shutil.copytree(built, tmp_path / "store")
+def store(tiny_store, tmp_path):
+    return shutil.copytree(tiny_store, tmp_path / "store")
 
 
 def run_gate(store, **settings):
@@ -188,6 +183,7 @@ def test_what_leaks_is_listed_and_left_out_of_a_run_of_copies(store, tiny_build,
         )
     figures = json.loads(read_file(made["evaluation"], Unit(0, 0), "report.json"))
     left = int((valid & ~expected).sum())
+    assert (figures["kept_images"], figures["kept_fraction"]) == (left, left / 15)
     pairs = figures["genuine_count"] + figures["impostor_count"]
     assert pairs == left * (left - 1) // 2 and 2 < left < valid.sum()
     changed_files = [path for path, content in before.items() if path.read_bytes() != content]
@@ -223,6 +219,31 @@ def test_a_gallery_is_embedded_once_and_another_one_elsewhere(store, tmp_path, m
     other = plan_gate(str(store), "tiny", LeakageConfig(gallery=str(gallery)))
     assert all(other.stages[name].fingerprint != spec.fingerprint for name, spec in gate.stages.items())
     assert len(pending(other.stages["gallery"])) == 3
+
+
+def test_galleries_are_told_apart_by_their_name_and_what_they_hold(store, tmp_path):
+    def label(gallery):
+        return plan_gate(str(store), "tiny", LeakageConfig(gallery=str(gallery))).label
+
+    faces = save_pictures(tmp_path / "Training images, all 4 of them", range(4))
+    first = label(faces)
+    assert re.fullmatch("training-images-[0-9a-f]{6}", first) and label(faces) == first
+    copied = label(shutil.copytree(faces, tmp_path / "copy"))
+    assert copied == f"copy-{first[-6:]}"
+    save_pictures(faces, [9])
+    assert label(faces)[:-6] == first[:-6] and label(faces) != first
+    longest = gate_names("r" * 63, f"{'g' * 16}-{first[-6:]}")
+    write_run(str(store), longest.counts, {"stages": {}})
+    assert longest.counts in run_names(str(store))
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [("a.kept", True), ("a.kept.set-12", True), ("a.leakage.set-12", False), ("a.keptish", False)],
+)
+def test_runs_of_a_gate_are_known_with_a_gallery_in_their_name_and_without(name, kept):
+    gate = GateRecord(run="a", settings=LeakageConfig(gallery="people"))
+    assert holds_kept(name, gate) is kept
 
 
 def test_a_gallery_that_changes_under_the_gate_is_refused(store, tmp_path):
@@ -335,8 +356,8 @@ def test_the_recogniser_that_conditioned_the_generator_is_refused(tiny_build, ti
     assert not plan_gate(str(store), "tiny", LeakageConfig(gallery=people)).conditioner_known
 
 
-def test_a_run_that_is_not_finished_is_refused(built, tmp_path):
-    store = shutil.copytree(built, tmp_path / "my store")
+def test_a_run_that_is_not_finished_is_refused(tiny_store, tmp_path):
+    store = shutil.copytree(tiny_store, tmp_path / "my store")
     next((store / "embeddings").rglob("done/*.json")).unlink()
     people = str(save_pictures(tmp_path / "people", range(3)))
     refused(

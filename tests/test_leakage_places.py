@@ -1,9 +1,10 @@
 """A setting of the leakage gate that changes a result has another place, and any other has the same."""
 
+import shutil
+
 import onnx
 import pytest
 from context_material import save_pictures
-from stage_builds import make
 
 from negfacediff_core.config import LeakageConfig
 from negfacediff_core.stages.gate import plan_gate
@@ -22,10 +23,10 @@ STAGES = ("gallery", "neighbours", "leakage")
 
 
 @pytest.fixture(scope="module")
-def material(tiny_build, tiny_pack, tmp_path_factory):
+def material(tiny_store, tiny_pack, tmp_path_factory):
     """A store with the tiny run, and another value of every field."""
     folder = tmp_path_factory.mktemp("places")
-    make(tiny_build, folder / "store")
+    shutil.copytree(tiny_store, folder / "store")
     for kind, name in (("judge", "judge.onnx"), ("faces", "detector.onnx")):
         network = onnx.load(tiny_pack / kind / name)
         network.doc_string = "another file"

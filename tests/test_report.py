@@ -13,10 +13,10 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from negfacediff_core.errors import NegFaceDiffError
-from negfacediff_core.evaluation.figures import FIGURES, GROUPS, check_report
+from negfacediff_core.evaluation.figures import FIGURES, GROUPS
 from negfacediff_core.evaluation.plots import COLOURS, ScorePanel, det_curves, score_histogram
 from negfacediff_core.evaluation.report import render_report
-from negfacediff_core.evaluation.schema import report_schema
+from negfacediff_core.evaluation.schema import check_report, report_schema
 from negfacediff_core.evaluation.scores import Distribution
 from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
 from negfacediff_core.stages.models import PROJECT
@@ -152,6 +152,17 @@ def test_images_without_a_face_are_framed_and_the_others_are_not():
     np.testing.assert_array_equal(block, original)
 
 
+def test_what_was_taken_out_is_white_and_a_note_says_so():
+    block, taken_out = images(3), np.zeros((3, 4), dtype=bool)
+    taken_out[1, 2] = True
+    whole, shown = (decode(contact_sheet([SheetPanel("a", block, None, mask)])) for mask in (None, taken_out))
+    row, column = find(whole, block[1, 2])
+    assert (shown[row : row + 64, column : column + 64] == 255).all()
+    find(shown, block[1, 1])
+    # a line of text beneath the images, which the sheet without white places has not
+    assert len(shown) > len(whole) and (shown[len(whole) :] < 200).any()
+
+
 def test_images_of_two_generators_are_shown_at_one_size():
     small, large = images(2, side=64), images(3, side=96)
     picture = decode(contact_sheet([SheetPanel("a", small), SheetPanel("b", large)]))
@@ -280,11 +291,13 @@ def test_operating_points_and_attributes_have_their_tables():
         return {"fmr_at_most": most, "fmr": most, "fnmr": fnmr, "threshold": threshold}
 
     first = dataset(at_fmr=[point(0.1, 0.02, -0.05), point(0.001, 0.5, 0.25), point(0.0, 1.0, None)])
+    first["at_fmr"].append({"fmr_at_most": 1e-5, "fmr": None, "fnmr": None, "threshold": None})
     second = dataset(at_fmr=[point(0.1, 0.01, 0.125)], attributes={"dark & light": 3, "b": 1})
     page = Page(render_report(report(first, second), {}))
     assert page.row("10%") == ["10%", "2.00%from −0.050", "1.00%from 0.125"]
     assert page.row("0.1%") == ["0.1%", "50.00%from 0.250", "n/a"]
     assert page.row("0%") == ["0%", "100.00%none matches", "n/a"]
+    assert page.row("0.001%") == ["0.001%", "n/afewer than 100,000 impostor pairs", "n/a"]
     assert page.row("dark & light") == ["dark & light", "n/a", "3 (75.0%)"]
     assert "Operating points" not in render_report(report(), {})
 

@@ -28,7 +28,7 @@ from negfacediff_core.store.shards import read_file
 def built(tiny_build, tmp_path_factory):
     """The tiny build, whole; tests only read it."""
     store = tmp_path_factory.mktemp("built")
-    return make(tiny_build, store), store
+    return make(tiny_build, store, pictures=True), store
 
 
 def test_every_sample_has_its_row_in_every_stage(built):
@@ -99,7 +99,7 @@ def test_a_build_interrupted_and_in_another_order_gives_the_same_bytes(built, ti
         run_unit(specs["aligned"], Unit(0, 1), EXECUTION)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("done/*.json")}
     assert len(before) > 4
-    make(tiny_build, tmp_path, reverse=True)
+    make(tiny_build, tmp_path, reverse=True, pictures=True)
     assert results(tmp_path) == results(store)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 

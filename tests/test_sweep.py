@@ -1,16 +1,20 @@
 """Sweeps of builds: what they hold, what comes of them, and what is refused."""
 
 import json
+import re
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from flows import sweep as sweep_module
-from flows.sweep import cases, load_sweep, run_sweep, sweep_texts
-from flows.sweep_page import AXES, MEASURES, plot_of, table_of
+from flows.cli import app
+from flows.sweep import Sweep, Variation, cases, load_sweep, run_sweep, sweep_texts
+from flows.sweep_page import AXES, LISTED, MEASURES, plot_of, shifts_of, table_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.evaluation.figures import FIGURES
+from negfacediff_core.stages.models import PROJECT
 
 THREADS = ExecutionConfig(workers=1, device="cpu")
 
@@ -99,7 +103,8 @@ def test_a_sweep_that_stops_leaves_what_is_done_and_goes_on(tiny_sweep, tmp_path
 
 
 def row(variation, seed, **figures):
-    known = {"fdr": 2.0, "eer": 0.1, "detected_fraction": 1.0, "embedding_diversity": 0.3}
+    known = {"fdr": 2.0, "eer": 0.1, "detected_fraction": 1.0, "embedding_diversity": 0.3, "fmr100": 0.125}
+    known["seconds"] = 1250.0
     return {
         "variation": variation,
         "group": "DDIM",
@@ -114,6 +119,7 @@ def row(variation, seed, **figures):
 def test_the_table_has_means_over_seeds_and_what_they_lie_between():
     rows = [row("a", 0, fdr=2.0), row("a", 1, fdr=3.0), row("b", 0, fdr=1.0, network_evaluations=2000)]
     lines = table_of(rows).splitlines()
+    assert "FMR100" in lines[0] and "| 12.5% |" in lines[3] and "| 1,250 |" in lines[3]
     assert "| 2.50 (2.00 to 3.00) |" in lines[2] and lines[2].endswith("| 2 |")
     assert "| 2,000 | 1.00 |" in lines[3]
 
@@ -126,9 +132,33 @@ def test_figures_that_do_not_exist_are_left_out(axis):
     assert b"DDIM" in plot_of(rows, axis, "title", "svg")
 
 
+def test_single_settings_at_one_place_are_drawn_side_by_side():
+    line, alone, others = [0.1, 0.5, 1.0], [0.0], [[0.5], [0.5], [0.5], [1.0]]
+    stays, apart, *beside = shifts_of([line, alone, *others])
+    assert stays == apart == 0
+    # three about the line's point at 0.5, one beside that at 1
+    assert len(set(beside[:3])) == 3 and 0 not in beside and min(beside) < 0 < max(beside)
+    first, second = shifts_of([[0.5], [0.5]])
+    assert first == 0 != second
+    plots = [plot_of([row("a", 0), row("b", 0, group=group)], "w", "t", "svg") for group in ("DDIM", "other")]
+    assert [b"side by side" in plot for plot in plots] == [False, True]
+
+
+def test_the_documented_sweep_can_be_built_and_help_points_to_it(tmp_path):
+    text = (PROJECT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    path = tmp_path / "my_sweep.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    described = load_sweep(str(path))
+    built = list(cases(described))
+    assert len(built) == 9 and built[0].build.name == "pool-64-0"
+    assert (built[-1].build.negatives.pool, built[-1].build.samples.w) == (256, 1.0)
+    assert all(f"`{field}`" in text for field in (*Sweep.model_fields, *Variation.model_fields))
+    assert "docs/sweeps.md" in CliRunner().invoke(app, ["sweep", "--help"]).output
+
+
 def test_what_a_sweep_shows_are_figures_of_reports():
     known = {figure.key for figure in FIGURES}
-    assert {measure.key for measure in MEASURES} <= known and AXES["evaluations"][0] in known
+    assert {measure.key for measure in (*MEASURES, *LISTED)} <= known and AXES["evaluations"][0] in known
 
 
 @pytest.mark.parametrize(

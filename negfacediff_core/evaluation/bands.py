@@ -1,8 +1,9 @@
 """All scores of a large set, counted band by band: no score is ever kept, and no two bands need to meet.
 
 Identities are cut into bands. One band is compared with itself and with the half of the others that follow
-it, so that each unordered pair is counted once and every band is the same work. What a band leaves are counts
-and sums from which those of the whole set follow by addition, whoever counted what, and in which order.
+it, so that each unordered pair is counted once and every band is the same work. It is done in parts, a few
+bands each. What a part leaves are counts and sums from which those of the whole set follow by addition,
+whoever counted what, and in which order.
 
 0.5M embeddings make 1.25e11 pairs. One pass multiplies matrices, one places scores in bins and one counts.
 Moments cost nothing a pair: with u the unit embeddings, S their sum and G the sum of u u',
@@ -12,7 +13,8 @@ Moments cost nothing a pair: with u the unit embeddings, S their sum and G the s
 over unordered pairs of N images, of which the genuine ones, some hundreds an identity, are summed apart.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,9 @@ from negfacediff_core.evaluation.distributions import Comparisons, Distribution,
 BINS = 2**20
 #: Images of a band: long products, and memory that two workers have.
 BAND_IMAGES = 16_384
+#: Bands that a part compares one with: 5e8 pairs, 12 s on one core, after which progress shows and a kill
+#: loses no more. Smaller ones would read more than they compute.
+PARTNERS = 2
 #: Rows of a tile; it has four times as many columns, 16 MiB of scores.
 TILE_ROWS = 1024
 _COLUMNS_A_ROW = 4
@@ -39,11 +44,12 @@ class Images(NamedTuple):
 
 
 class BandScores(NamedTuple):
-    """What a band adds to the scores of a set.
+    """What a band, or a part of its comparisons, adds to the scores of a set.
 
     `genuine` and `impostor` `(BINS,)` int64 count the scores that the band is compared in, `genuine_sums`
     `(2,)` float64 is the sum of the genuine ones and of their squares. Of the band's own unit embeddings,
     `images` is the number, `total` `(D,)` the sum and `gram` `(D, D)` the sum of outer products, in float64.
+    All but `impostor` are 0 in a part that does not compare the band with itself.
     """
 
     genuine: NDArray[np.int64]
@@ -67,6 +73,11 @@ def band_bytes(images: int, width: int) -> int:
     return vectors + 16 * width * TILE_ROWS + tile + 5 * 8 * BINS + 2 * 8 * width**2
 
 
+def parts_of(bands: int) -> int:
+    """Parts of each band's comparisons where there are so many bands."""
+    return -(-(bands // 2 + 1) // PARTNERS)
+
+
 def partners(band: int, bands: int) -> list[int]:
     """The bands that one of `bands` is compared with: itself first, then the half that follows it in a ring.
 
@@ -81,13 +92,14 @@ def score_band(
     own: Images,
     others: Iterable[Images],
     *,
+    inside: bool = True,
     device: str = "cpu",
     rows: int = TILE_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> BandScores:
-    """Compare the images of a band with each other and with those of `others`, and count the scores.
+    """Compare the images of a band with each other, where `inside`, and with `others`, and count the scores.
 
-    `others` are parts of any size, none of an identity of this band, read one at a time. Tiles of `rows` x
+    `others` are pieces of any size, none of an identity of this band, read one at a time. Tiles of `rows` x
     4 `rows` float32 scores are computed on `device`; another size may move a score by one rounding.
     `progress(images)` is called with the number of images that the band has been compared with.
     """
@@ -97,41 +109,54 @@ def score_band(
     for start in range(0, len(left), rows):
         unit = unit_vectors(own.embeddings[start : start + rows], start)
         left[start : start + rows] = unit
-        total += unit.sum(axis=0)
-        gram += unit.T @ unit
-    genuine, sums = _genuine(own)
+        if inside:
+            total += unit.sum(axis=0)
+            gram += unit.T @ unit
     counter = _Counter(torch.device(device), rows)
     columns = _COLUMNS_A_ROW * rows
     band = torch.from_numpy(left).to(device)
-    for start in range(0, len(left), columns):
-        stop = min(start + columns, len(left))
-        for top in range(0, stop, rows):
-            counter.add_inside(band, own.identity, slice(top, min(top + rows, stop)), slice(start, stop))
-        if progress is not None:
-            progress(stop - start)
-    for part in others:
-        for start in range(0, len(part.embeddings), columns):
-            unit = unit_vectors(part.embeddings[start : start + columns], start)
+    genuine, sums = np.zeros(BINS, np.int64), np.zeros(2)
+    if inside:
+        genuine, sums = _genuine(own)
+        for start in range(0, len(left), columns):
+            stop = min(start + columns, len(left))
+            for top in range(0, stop, rows):
+                counter.add_inside(band, own.identity, slice(top, min(top + rows, stop)), slice(start, stop))
+            if progress is not None:
+                progress(stop - start)
+    for piece in others:
+        for start in range(0, len(piece.embeddings), columns):
+            unit = unit_vectors(piece.embeddings[start : start + columns], start)
             right = torch.from_numpy(unit.astype(np.float32)).to(device)
             for top in range(0, len(left), rows):
                 counter.add(band[top : top + rows], right)
             if progress is not None:
                 progress(len(right))
-    return BandScores(genuine, counter.counts(), sums, len(left), total, gram)
+    return BandScores(genuine, counter.counts(), sums, len(left) if inside else 0, total, gram)
 
 
-def add_up(bands: Sequence[BandScores]) -> Comparisons:
-    """The scores of the whole set from those of all its bands, given in their order.
+def add_up(bands: Iterable[BandScores]) -> Comparisons:
+    """The scores of the whole set from those of all its bands or their parts, at least one, in their order.
 
-    Levels are the lower edges of the filled bins; the moments are those of the scores in float64.
+    Levels are the lower edges of the filled bins; the moments are those of the scores in float64. One band is
+    held at a time.
     """
-    images = sum(band.images for band in bands)
-    total, gram = (np.sum([getattr(band, name) for band in bands], axis=0) for name in ("total", "gram"))
-    every = np.array([np.square(total).sum() - images, np.square(gram).sum() - images]) / 2
-    genuine: NDArray[np.float64] = np.sum([band.genuine_sums for band in bands], axis=0)
-    counts = [np.sum([getattr(band, kind) for band in bands], axis=0) for kind in ("genuine", "impostor")]
+    sums = reduce(_sum, bands)
+    every = (np.array([np.square(sums.total).sum(), np.square(sums.gram).sum()]) - sums.images) / 2
     return Comparisons(
-        *(_distribution(one, sums) for one, sums in zip(counts, (genuine, every - genuine), strict=True))
+        _distribution(sums.genuine, sums.genuine_sums),
+        _distribution(sums.impostor, every - sums.genuine_sums),
+    )
+
+
+def _sum(one: BandScores, other: BandScores) -> BandScores:
+    return BandScores(
+        genuine=one.genuine + other.genuine,
+        impostor=one.impostor + other.impostor,
+        genuine_sums=one.genuine_sums + other.genuine_sums,
+        images=one.images + other.images,
+        total=one.total + other.total,
+        gram=one.gram + other.gram,
     )
 
 

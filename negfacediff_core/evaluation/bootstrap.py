@@ -5,6 +5,9 @@ copies of one identity are not compared with each other. Sets of up to MOST_IDEN
 resampled whole. Of larger ones a few disjoint random subsets of b identities are, each b of them drawn as
 often as the whole set has identities: the bag of little bootstraps (Kleiner, Talwalkar, Sarkar and Jordan,
 arXiv 1112.5016), whose subsets say how far a figure of the *whole* set scatters, and are averaged.
+
+The published protocol compares no more than its first identities, which are resampled whole: a pair that it
+compares counts as often as both its identities are drawn, and one that it leaves out never.
 """
 
 from collections.abc import Callable
@@ -31,6 +34,7 @@ from negfacediff_core.evaluation.metrics import (
     fisher_discriminant_ratio,
     point_at_most,
 )
+from negfacediff_core.evaluation.scores import PAPER_IDENTITIES, select
 
 Valid = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -101,8 +105,9 @@ def bootstrap(
     extent: tuple[int, int],
     draws: int,
     seed: int,
+    protocol: str = "full",
 ) -> Resampled:
-    """Resample the FIGURES of the full protocol `draws` times.
+    """Resample the FIGURES of a protocol `draws` times.
 
     Args:
         read: returns embeddings `(b, R, D)` and which are valid `(b, R)` of given identities.
@@ -110,27 +115,29 @@ def bootstrap(
         draws: resamples of each subset, B.
         seed: of subsets and draws.
     """
-    subsets = subsets_of(*extent, seed)
+    identities = min(extent[0], PAPER_IDENTITIES) if protocol == "paper" else extent[0]
+    subsets = [np.arange(identities)] if protocol == "paper" else subsets_of(*extent, seed)
     estimates, results = np.full((len(subsets), 4), np.nan), np.full((len(subsets), draws, 4), np.nan)
     for number, subset in enumerate(subsets):
         embeddings, valid = read(subset)
         # another stream than that of the subsets, and another for each
-        weights = draw_weights(extent[0], len(subset), draws, seed + number + 1)
+        weights = draw_weights(identities, len(subset), draws, seed + number + 1)
         every = np.concatenate([np.ones((1, len(subset))), weights])
-        figures = _weighted_figures(Images(embeddings[valid], np.nonzero(valid)[0]), every)
+        chosen, impostors = select(valid, protocol, seed)
+        figures = _weighted_figures(Images(embeddings[chosen], np.nonzero(chosen)[0]), every, impostors)
         estimates[number], results[number] = figures[0], figures[1:]
     return Resampled(estimates, results)
 
 
-def _weighted_figures(images: Images, weights: Floats) -> Floats:
+def _weighted_figures(images: Images, weights: Floats, impostors: Valid | None) -> Floats:
     """The FIGURES `(W, 4)` where each pair counts as often as the product of its identities' weights
-    `(W, b)`; a genuine pair as often as its identity.
+    `(W, b)`; a genuine pair as often as its identity. `impostors` as in `scores.Selection`.
     """
     scores = score_band(images, ())
     if not (scores.genuine.any() and scores.impostor.any()):
         return np.full((len(weights), len(FIGURES)), np.nan)
     cells, levels = _cells(scores)
-    counts, sums = _weighted_counts(images, weights, cells, len(levels))
+    counts, sums = _weighted_counts(images, weights, impostors, cells, len(levels))
     return np.array([_figures(levels, counts[:, row], sums[:, row]) for row in range(len(weights))])
 
 
@@ -154,31 +161,36 @@ def _region(kinds: Comparisons) -> tuple[np.int64, np.int64]:
 
 
 def _weighted_counts(
-    images: Images, weights: Floats, cells: NDArray[np.int64], count: int
+    images: Images, weights: Floats, impostors: Valid | None, cells: NDArray[np.int64], count: int
 ) -> tuple[Floats, Floats]:
     """Of genuine and of impostor scores, the weighted counts by cell `(2, W, count)`, and the weighted
     number, sum and sum of squares `(2, W, 3)`.
     """
     vectors, identity = unit_vectors(images.embeddings), images.identity
     starts = np.flatnonzero(np.diff(identity, prepend=-1))
-    sizes, weights = np.diff([*starts, len(identity)]), weights[:, identity[starts]]
+    sizes, present = np.diff([*starts, len(identity)]), identity[starts]
+    weights = weights[:, present]
     counts, sums = np.zeros((2, len(weights), count)), np.zeros((2, len(weights), 3))
     for place, start in enumerate(starts):
         stop, once = start + sizes[place], weights[:, place, None]
         for scores in genuine_scores(vectors[start:stop]):
             counts[0] += once * np.bincount(cells[bins_of(scores)], minlength=count)
             sums[0] += once * [len(scores), scores.sum(), np.square(scores).sum()]
-        if place + 1 == len(starts):
-            break
-        scores, pairs = vectors[start:stop] @ vectors[stop:].T, once * weights[:, place + 1 :]
+        compared, others = np.arange(place + 1, len(starts)), vectors[stop:]
+        if impostors is not None:
+            wanted = impostors[present[place], present[compared]]
+            others = others[np.repeat(wanted, sizes[compared])]
+            compared = compared[wanted]
+        if not len(compared):
+            continue
+        scores, pairs = vectors[start:stop] @ others.T, once * weights[:, compared]
         # one row of cells for each later identity
-        later = np.repeat(np.arange(pairs.shape[1]), sizes[place + 1 :])
-        table = np.bincount(
-            (cells[bins_of(scores)] + later * count).ravel(), minlength=pairs.shape[1] * count
-        )
+        later = np.repeat(np.arange(len(compared)), sizes[compared])
+        table = np.bincount((cells[bins_of(scores)] + later * count).ravel(), minlength=len(compared) * count)
         counts[1] += pairs @ table.reshape(-1, count).astype(np.float64)
         columns = np.stack([np.ones_like(scores), scores, np.square(scores)]).sum(axis=1)
-        sums[1] += pairs @ np.add.reduceat(columns, starts[place + 1 :] - stop, axis=1).T
+        firsts = np.cumsum(sizes[compared]) - sizes[compared]
+        sums[1] += pairs @ np.add.reduceat(columns, firsts, axis=1).T
     return counts, sums
 
 

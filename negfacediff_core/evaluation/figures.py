@@ -1,23 +1,6 @@
-"""What a report says of a dataset: its settings and figures, their names, form and meaning.
+"""The figures that a report shows of a dataset, their names, form and meaning, and its settings."""
 
-`report.json` holds, in JSON types only:
-
-- `datasets`: a list; each has SETTINGS and the figures of FIGURES that are not optional. It may have `name`,
-  `settings` {field: value}, `lineage` {stage: fingerprint}, and for any figure an interval,
-  `<figure>_interval` [low, high], and that of its difference to the first dataset, `<figure>_difference`;
-  `at_fmr` and `at_threshold`, lists of operating points; `distributions` {name: what `summaries.summarise`
-  returns} and `attributes` {class: images}.
-- `seconds`, `device`, `versions` {tool: version} for the whole. Optional are `title`, `judge`, `licences`
-  [{`part`, `licence`, `source`}], the date `made` of the newest data (ISO 8601), `warnings` (why the datasets
-  do not compare), `notes` on the figures, and `captions` {picture: a sentence more}.
-
-A figure that could not be computed is null.
-"""
-
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-from negfacediff_core.errors import NegFaceDiffError
+from typing import NamedTuple
 
 
 class Figure(NamedTuple):
@@ -150,6 +133,25 @@ FIGURES = (
         ".1%",
         1,
         "Share of images in which the detector finds a face; the others are left out of all figures above.",
+        group="Images",
+    ),
+    Figure(
+        "kept_images",
+        "Images kept",
+        ",",
+        0,
+        "Images that the dataset is made of: those in which a face was found and embedded, without those "
+        "that leak or lie outside the band, where that was asked for.",
+        optional=True,
+        group="Images",
+    ),
+    Figure(
+        "kept_fraction",
+        "Share of images kept",
+        ".1%",
+        0,
+        "Images kept among all that were asked for.",
+        optional=True,
         group="Images",
     ),
     Figure(
@@ -430,15 +432,3 @@ FIGURES = (
 
 #: What every dataset of a report says about how it was made.
 SETTINGS = ("rule", "w", "sampler", "steps", "identities", "images")
-
-
-def check_report(report: Mapping[str, Any]) -> None:
-    """Raise NegFaceDiffError, naming the missing keys, unless `report` has what the module lists."""
-    missing = [key for key in ("datasets", "seconds", "device", "versions") if key not in report]
-    wanted = [*SETTINGS, *(figure.key for figure in FIGURES if not figure.optional)]
-    for number, dataset in enumerate(report.get("datasets", ())):
-        missing += [f"datasets[{number}].{key}" for key in wanted if key not in dataset]
-    if missing or not report["datasets"]:
-        raise NegFaceDiffError(
-            f"the report lacks {', '.join(missing) or 'any dataset'}: evaluate the dataset again"
-        )

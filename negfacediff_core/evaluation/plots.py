@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -44,15 +46,17 @@ def draw(figure: Figure, form: str = "png") -> bytes:
     The same figure gives the same bytes.
     """
     file = io.BytesIO()
+    # straight to the canvas: `savefig` draws everything twice, for bounding boxes that nobody asks for
     if form == "png":
-        figure.savefig(file, format="png", dpi="figure", metadata={"Software": None})
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
         return file.getvalue()
     # the salt names the parts of the drawing, which must differ between drawings of one page
     with (
         _SVG_SETTINGS,
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.get_label() or "figure"}),
     ):
-        figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+        figure.set_facecolor("none")
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue().decode()
     for colour, styled in _STYLED.items():
         text = text.replace(colour, styled)

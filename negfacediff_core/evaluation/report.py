@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from negfacediff_core.evaluation.cells import exists, figure_cell, number_text
-from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS, Figure, check_report
+from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS, Figure
+from negfacediff_core.evaluation.schema import check_report
 
 _CAPTIONS = {
     "histogram": "Similarity of image pairs. The further the filled genuine scores stand from the dashed "
@@ -38,7 +39,7 @@ _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def render_report(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """Render `report` (see `figures`) and `pictures` by file name (PNG, SVG) as a page.
+    """Render `report` (see `schema`) and `pictures` by file name (PNG, SVG) as a page.
 
     Of a picture in both forms the SVG is shown. Raises NegFaceDiffError where a required key is missing.
     """
@@ -153,7 +154,7 @@ def _operating_points(datasets: Sequence[Mapping[str, Any]]) -> str:
     rates = sorted({rate for of_one in points for rate in of_one}, reverse=True)
     if not rates:
         return ""
-    rows = [[f"{100 * rate:g}%", *(_point(of_one.get(rate)) for of_one in points)] for rate in rates]
+    rows = [[f"{100 * rate:g}%", *(_point(of_one.get(rate), rate) for of_one in points)] for rate in rates]
     note = (
         '<p class="about">Share of genuine pairs missed (FNMR) where at most the share of impostor pairs on '
         "the left match (FMR); beneath it the lowest cosine from which that is so.</p>"
@@ -161,9 +162,11 @@ def _operating_points(datasets: Sequence[Mapping[str, Any]]) -> str:
     return "<h2>Operating points</h2>\n" + note + _plain_table(["FMR", *map(_label, datasets)], rows)
 
 
-def _point(point: Mapping[str, Any] | None) -> str:
+def _point(point: Mapping[str, Any] | None, rate: float) -> str:
     if point is None:
         return "n/a"
+    if not exists(point["fnmr"]):
+        return f'n/a<span class="interval">fewer than {1 / rate:,.0f} impostor pairs</span>'
     threshold = point["threshold"]
     words = f"from {number_text(threshold, '.3f')}" if exists(threshold) else "none matches"
     return f'{number_text(point["fnmr"], ".2%")}<span class="interval">{words}</span>'

@@ -1,7 +1,23 @@
-"""The JSON Schema of report.json, made from the tables of `figures`."""
+"""What report.json holds, and its JSON Schema, which is made from the tables of `figures`.
 
+The file holds, in JSON types only:
+
+- `datasets`: a list; each has SETTINGS and the figures of FIGURES that are not optional. It may have `name`,
+  `settings` {field: value}, `lineage` {stage: fingerprint}, and for any figure an interval,
+  `<figure>_interval` [low, high], and that of its difference to the first dataset, `<figure>_difference`;
+  `at_fmr` and `at_threshold`, lists of operating points; `distributions` {name: what `summaries.summarise`
+  returns} and `attributes` {class: images}.
+- `seconds`, `device`, `versions` {tool: version} for the whole. Optional are `title`, `judge`, `licences`
+  [{`part`, `licence`, `source`}], the date `made` of the newest data (ISO 8601), `warnings` (why the datasets
+  do not compare), `notes` on the figures, and `captions` {picture: a sentence more}.
+
+A figure that could not be computed is null.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
+from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.evaluation.figures import FIGURES, SETTINGS, Figure
 
 _NUMBER = {"type": ["number", "null"]}
@@ -20,7 +36,7 @@ _SETTING_TYPES = {
 
 
 def report_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a report as `figures` describes it.
+    """Return the JSON Schema (2020-12) of a report.
 
     What a later version adds is no error: objects may have further members.
     """
@@ -47,9 +63,21 @@ def report_schema() -> dict[str, Any]:
     }
 
 
+def check_report(report: Mapping[str, Any]) -> None:
+    """Raise NegFaceDiffError, naming the missing keys, unless `report` has what the module lists."""
+    missing = [key for key in ("datasets", "seconds", "device", "versions") if key not in report]
+    wanted = [*SETTINGS, *(figure.key for figure in FIGURES if not figure.optional)]
+    for number, dataset in enumerate(report.get("datasets", ())):
+        missing += [f"datasets[{number}].{key}" for key in wanted if key not in dataset]
+    if missing or not report["datasets"]:
+        raise NegFaceDiffError(
+            f"the report lacks {', '.join(missing) or 'any dataset'}: evaluate the dataset again"
+        )
+
+
 def _dataset() -> dict[str, Any]:
     names = "|".join(figure.key for figure in FIGURES)
-    point = {"threshold": _NUMBER, "fmr": {"type": "number"}, "fnmr": {"type": "number"}}
+    point = dict.fromkeys(("threshold", "fmr", "fnmr"), _NUMBER)
     return {
         "type": "object",
         "properties": {

@@ -25,8 +25,10 @@ PAPER_IDENTITIES, PAPER_IMAGES, PAPER_IMPOSTOR_SHARE = 1000, 20, 0.05
 
 
 class Selection(NamedTuple):
-    """What a protocol compares: `images` `(I, R)` bool, and which identity pairs `(I, I)` are impostors
-    (None: all).
+    """What a protocol compares: `images` `(I, R)` bool, and which identity pairs are impostors (None: all).
+
+    `impostors` is `(U, U)` bool, above its diagonal, where no image of any but the first U identities is
+    compared.
     """
 
     images: NDArray[np.bool_]
@@ -44,16 +46,23 @@ def _paper(valid: NDArray[np.bool_], seed: int) -> Selection:
     """
     images = valid & (np.cumsum(valid, axis=1) <= PAPER_IMAGES)
     images[PAPER_IDENTITIES:] = False
-    count = len(valid)
+    used = min(len(valid), PAPER_IDENTITIES)
+    # drawn for all, so that a pair is compared or not however many identities there are
     draws = np.random.Generator(np.random.Philox(seed)).random((PAPER_IDENTITIES, PAPER_IDENTITIES))
-    impostors = np.zeros((count, count), dtype=bool)
-    used = min(count, PAPER_IDENTITIES)
-    impostors[:used, :used] = np.triu(draws < PAPER_IMPOSTOR_SHARE, k=1)[:used, :used]
-    return Selection(images, impostors)
+    return Selection(images, np.triu(draws < PAPER_IMPOSTOR_SHARE, k=1)[:used, :used])
 
 
-#: Each protocol selects from `valid` `(I, R)` and a seed.
+#: By name; each selects from `valid` `(I, R)` and a seed.
 PROTOCOLS: dict[str, Callable[[NDArray[np.bool_], int], Selection]] = {"full": _full, "paper": _paper}
+
+
+def select(valid: NDArray[np.bool_], protocol: str, seed: int) -> Selection:
+    """Return what the named protocol compares of the `valid` images `(I, R)`; NegFaceDiffError if there is
+    none of that name.
+    """
+    if protocol not in PROTOCOLS:
+        raise NegFaceDiffError(f"there is no protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol](valid, seed)
 
 
 def compare(
@@ -82,9 +91,7 @@ def compare(
             f"embeddings must be (identities, replicates, width) with a mask (identities, replicates), "
             f"got {embeddings.shape} and {valid.shape}"
         )
-    if protocol not in PROTOCOLS:
-        raise NegFaceDiffError(f"there is no protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    images, impostors = PROTOCOLS[protocol](valid, seed)
+    images, impostors = select(valid, protocol, seed)
     chosen = Images(embeddings[images], np.nonzero(images)[0])
     if impostors is not None or len(chosen.identity) <= exact_images:
         return _exact(chosen, impostors, progress)

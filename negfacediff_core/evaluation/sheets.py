@@ -18,18 +18,22 @@ _LABEL_WIDTH, _TITLE_HEIGHT, _NOTE_HEIGHT, _LEAST_WIDTH = 44, 44, 22, 460
 
 
 class SheetPanel(NamedTuple):
-    """One dataset of a sheet: `images` `(I, R, H, W, 3)` uint8 RGB; `detected` `(I, R)` (None: all)."""
+    """One dataset of a sheet: `images` `(I, R, H, W, 3)` uint8 RGB, in which a face was `detected` `(I, R)`
+    (None: in all), and which were `taken_out` `(I, R)` of the dataset (None: none).
+    """
 
     label: str
     images: NDArray[np.uint8]
     detected: NDArray[np.bool_] | None = None
+    taken_out: NDArray[np.bool_] | None = None
 
 
 def contact_sheet(panels: Sequence[SheetPanel]) -> bytes:
     """Show datasets side by side, pixel for pixel: rows are identities, columns replicates, cells aligned.
 
     All panels have as many identities and replicates, so that one place in each panel is one sample. Images
-    in which no face was found are framed. Small images are enlarged by a whole factor to about 64 pixels, and
+    in which no face was found are framed, and the places of those that were taken out are white; notes under
+    the sheet say so. Small images are enlarged by a whole factor to about 64 pixels, and
     those of one panel to the size of another's.
     """
     extents = {panel.images.shape[:2] for panel in panels}
@@ -42,22 +46,30 @@ def contact_sheet(panels: Sequence[SheetPanel]) -> bytes:
     side = max(height * max(1, _LEAST_CELL // height) for height in heights)
     mosaics = [_mosaic(panel, side) for panel in panels]
     height, width = mosaics[0].shape[:2]
-    framed = any(panel.detected is not None and not panel.detected.all() for panel in panels)
+    notes = _notes(panels)
     lefts = [_MARGIN + _LABEL_WIDTH + number * (width + _PANEL_GAP) for number in range(len(panels))]
     sheet_width = max(_LEAST_WIDTH, lefts[-1] + width + _MARGIN)
-    sheet_height = _TITLE_HEIGHT + height + (_NOTE_HEIGHT if framed else 0) + _MARGIN
+    sheet_height = _TITLE_HEIGHT + height + _NOTE_HEIGHT * len(notes) + _MARGIN
     canvas = np.full((sheet_height, sheet_width, 3), 255, dtype=np.uint8)
     for left, mosaic in zip(lefts, mosaics, strict=True):
         canvas[_TITLE_HEIGHT : _TITLE_HEIGHT + height, left : left + width] = mosaic
     figure = Figure(figsize=(sheet_width / _DPI, sheet_height / _DPI), dpi=_DPI, facecolor="white")
     figure.figimage(canvas, origin="upper")
     _label_sheet(figure, panels, lefts, width, height)
-    if framed:
-        note = "framed: no face was found; these images are left out of the figures"
-        figure.text(
-            lefts[0] / sheet_width, _MARGIN / sheet_height, note, color=FAINT, fontsize=8, va="bottom"
-        )
+    for above, note in enumerate(reversed(notes)):
+        up = (_MARGIN + above * _NOTE_HEIGHT) / sheet_height
+        figure.text(lefts[0] / sheet_width, up, note, color=FAINT, fontsize=8, va="bottom")
     return draw(figure)
+
+
+def _notes(panels: Sequence[SheetPanel]) -> list[str]:
+    """Say what frames and white places mean, where there are any."""
+    notes = []
+    if any(panel.detected is not None and not panel.detected.all() for panel in panels):
+        notes.append("framed: no face was found; these images are left out of the figures")
+    if any(panel.taken_out is not None and panel.taken_out.any() for panel in panels):
+        notes.append("white: taken out of the dataset, for they leak or lie outside the band")
+    return notes
 
 
 def _mosaic(panel: SheetPanel, side: int) -> NDArray[np.uint8]:
@@ -71,6 +83,8 @@ def _mosaic(panel: SheetPanel, side: int) -> NDArray[np.uint8]:
         row, column = np.nonzero(~panel.detected)
         for identity, replicate in zip(row, column, strict=True):
             cells[identity, replicate][frame] = _UNDETECTED
+    if panel.taken_out is not None:
+        cells[panel.taken_out] = 255
     gap = ((0, 0), (0, 0), (0, _CELL_GAP), (0, _CELL_GAP), (0, 0))
     tiled = np.pad(cells, gap, constant_values=255).transpose(0, 2, 1, 3, 4)
     mosaic = tiled.reshape(identities * (side + _CELL_GAP), -1, 3)

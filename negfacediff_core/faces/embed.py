@@ -7,8 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import NegFaceDiffError
-from negfacediff_core.faces.packs import ColourOrder, Network, network_input, open_network
+from negfacediff_core.faces.packs import ColourOrder, Network, check_crops, network_input, open_network
 
 BATCH = 32
 
@@ -47,12 +46,7 @@ class OnnxEmbedder:
         `flip` adds the embedding of the mirrored crop, the usual form for verification. Raises
         NegFaceDiffError for crops of another shape or type.
         """
-        expected = (self.input_size, self.input_size, 3)
-        if crops.ndim != 4 or crops.shape[1:] != expected or crops.dtype != np.uint8:
-            raise NegFaceDiffError(
-                f"Crops have shape {crops.shape} and type {crops.dtype}; {self.weights.name} takes uint8 RGB "
-                f"of shape (N, {self.input_size}, {self.input_size}, 3): align the faces to that size first."
-            )
+        check_crops(crops, self.input_size, self.weights.name)
         step = self._network.batch or BATCH
         embeddings = np.empty((len(crops), self.width), np.float32)
         for start in range(0, len(crops), step):

@@ -11,7 +11,7 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import ConfigError, WeightsError
+from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 
 Task = Literal["detection", "recognition"]
 ColourOrder = Literal["RGB", "BGR"]
@@ -124,6 +124,15 @@ def task_of(graph: onnx.GraphProto) -> Task | None:
     if height is None or height != width or len(graph.output) != 1:
         return None
     return "recognition" if height >= 112 and height % 16 == 0 and height != 192 else None
+
+
+def check_crops(crops: NDArray[np.uint8], side: int, network: str) -> None:
+    """Raise NegFaceDiffError unless `crops` are what a `network` takes: uint8 RGB `(N, side, side, 3)`."""
+    if crops.ndim != 4 or crops.shape[1:] != (side, side, 3) or crops.dtype != np.uint8:
+        raise NegFaceDiffError(
+            f"Crops have shape {crops.shape} and type {crops.dtype}; {network} takes uint8 RGB of shape "
+            f"(N, {side}, {side}, 3): align the faces to that size first."
+        )
 
 
 def network_input(

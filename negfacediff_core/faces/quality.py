@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import NegFaceDiffError, WeightsError
+from negfacediff_core.errors import WeightsError
 from negfacediff_core.faces.align import TEMPLATE_112, similarity_transform, warp_batch
-from negfacediff_core.faces.packs import ColourOrder, network_input, open_file
+from negfacediff_core.faces.packs import ColourOrder, check_crops, network_input, open_file
 
 BATCH = 32
 SIZE = 112
@@ -54,12 +54,7 @@ class FaceScorer:
 
         Raises NegFaceDiffError for crops of another shape or type.
         """
-        expected = (self.input_size, self.input_size, 3)
-        if crops.ndim != 4 or crops.shape[1:] != expected or crops.dtype != np.uint8:
-            raise NegFaceDiffError(
-                f"Crops have shape {crops.shape} and type {crops.dtype}; {self.weights.name} takes uint8 RGB "
-                f"of shape (N, {self.input_size}, {self.input_size}, 3): align the faces to that size first."
-            )
+        check_crops(crops, self.input_size, self.weights.name)
         step = self._network.batch or BATCH
         parts = [self._run(crops[start : start + step]) for start in range(0, len(crops), step)]
         return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)

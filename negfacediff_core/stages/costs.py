@@ -3,6 +3,7 @@
 Where weights are not there yet, their usual kind is assumed, and the assumption is put into words.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from negfacediff_core.diffusion.engine import SamplerSettings
 from negfacediff_core.diffusion.first_stage import FirstStageSettings, VQDecoder
 from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import WeightsError
+from negfacediff_core.evaluation.bootstrap import SUBSETS
 from negfacediff_core.faces.packs import Task, find_network
 from negfacediff_core.operations import GIGA, decoder_gflop, onnx_gflop, unet_gflop
 from negfacediff_core.stages.aligned import SIZE
@@ -32,6 +34,8 @@ MINING_RULES = ("close", "mid", "far")
 #: Sources of contexts whose time is no part of an estimate.
 SLOW_SOURCES = ("folder", "two_stage", "packed")
 MEGA = 1e6
+# One draw of the bootstrap in one subset of 320 identities x 50 images, on one core (benchmarks/README.md).
+DRAW_SECONDS = 0.08
 # Levels of the published U-Net and first stage between an image and a latent.
 LATENT = (3, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
 
@@ -163,6 +167,7 @@ def work_of(
             for name in ("samples", "aligned", "embeddings")
         ),
         Work(scoring, "score", _scored_gflop(build, by_name["embeddings"]) * share, max(1, left[scoring])),
+        Work("evaluation", "score", _strays_gflop(build, by_name["embeddings"]) * left["evaluation"], 1),
     ]
 
 
@@ -178,6 +183,9 @@ def not_counted(build: BuildConfig) -> list[str]:
     ]
     if further:
         left_out.append(f"embeddings.{', embeddings.'.join(further)}")
+    if build.evaluation.bootstrap:
+        minutes = math.ceil(build.evaluation.bootstrap * SUBSETS * DRAW_SECONDS / 60)
+        left_out.append(f"{build.evaluation.bootstrap:,} draws for the intervals, at most {minutes} min")
     return left_out
 
 
@@ -187,6 +195,11 @@ def _scored_gflop(build: BuildConfig, embeddings: StageSpec) -> float:
     if build.evaluation.protocol == "paper":
         identities, images = min(identities, 1000), min(images, 20)
     return (identities * images) ** 2 * embeddings.arrays[0].item[0] / GIGA
+
+
+def _strays_gflop(build: BuildConfig, embeddings: StageSpec) -> float:
+    """Every image with every identity's centre: products in float64, which take twice those in float32."""
+    return 4 * build.identities**2 * build.images * embeddings.arrays[0].item[0] / GIGA
 
 
 def _network(

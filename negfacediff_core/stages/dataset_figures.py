@@ -215,8 +215,10 @@ def _context_figures(contexts: NDArray[np.float32], images: Columns, banded: boo
 
 def _image_figures(images: Columns, classes: int) -> dict[str, Any]:
     """Quality, pose, detections and attributes, with the distributions of all that is a number."""
-    found = images["faces"] > 0
+    found, valid = images["faces"] > 0, images["valid"]
     figures: dict[str, Any] = {
+        "kept_images": valid.sum(),
+        "kept_fraction": valid.mean(),
         "quality": _mean(images["quality"]),
         "detection_score": _mean(images["score"]),
         "several_faces_fraction": (images["faces"] > 1).sum() / found.sum() if found.any() else None,

@@ -22,6 +22,7 @@ from negfacediff_core.errors import StoreError
 from negfacediff_core.evaluation.bootstrap import FIGURES, Resampled, bootstrap
 from negfacediff_core.evaluation.distribution_plots import distribution_plots
 from negfacediff_core.evaluation.metrics import (
+    OperatingPoint,
     Separability,
     error_rates,
     point_at,
@@ -42,7 +43,7 @@ from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import commit, read_file
 from negfacediff_core.store.tables import rows_of
 
-VERSION = 2
+VERSION = 3
 COLUMNS = (("identity", "int64"), *DATASET_COLUMNS)
 INPUTS = ("contexts", "negatives", "samples", "aligned", "embeddings", "scores")
 # Operating points of the report: the lowest threshold of at most these FMR, and thresholds themselves.
@@ -81,9 +82,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     seconds = {"score": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    # resampled is all of it, whose spread is not that of the published subset
-    drawn = spec.config["bootstrap"] and spec.config["protocol"] == "full"
-    resampled = _resample(spec) if drawn else None
+    resampled = _resample(spec) if spec.config["bootstrap"] else None
     report = {
         **_settings(spec),
         **figures,
@@ -137,13 +136,12 @@ def score_panel(spec: StageSpec, label: str) -> ScorePanel:
 def sheet_panel(spec: StageSpec, label: str, identities: int, images: int) -> SheetPanel:
     """Return a build's first images, at most that many, for a contact sheet that shows several builds.
 
-    Images that were taken out of the dataset, since they leak or lie outside the band, are left white.
+    Images that were taken out of the dataset, since they leak or lie outside the band, are not shown.
     """
     extent = min(identities, spec.config["identities"]), min(images, spec.config["images"])
     detected = read_column(spec.input("aligned"), "status", *extent) == "ok"
-    pictures = read_array(spec.input("samples"), "image", *extent)
-    pictures[np.isin(read_column(spec.input("embeddings"), "status", *extent), TAKEN_OUT)] = 255
-    return SheetPanel(label, pictures, detected)
+    taken_out = np.isin(read_column(spec.input("embeddings"), "status", *extent), TAKEN_OUT)
+    return SheetPanel(label, read_array(spec.input("samples"), "image", *extent), detected, taken_out)
 
 
 def difference_intervals(spec: StageSpec, other: StageSpec) -> dict[str, tuple[float, float]]:
@@ -157,10 +155,10 @@ def difference_intervals(spec: StageSpec, other: StageSpec) -> dict[str, tuple[f
     """
     drawn = ("protocol", "identities", "images", "bootstrap", "seed")
     one, two = ({name: each.config[name] for name in drawn} for each in (spec, other))
-    if one != two or not one["bootstrap"] or one["protocol"] != "full":
+    if one != two or not one["bootstrap"]:
         raise StoreError(
             f"the difference of {spec.directory} and {other.directory} has no interval, which takes the same "
-            "identities, images, evaluation.seed and evaluation.bootstrap, above 0, and the full protocol: "
+            "protocol, identities, images, evaluation.seed and evaluation.bootstrap, above 0: "
             f"{one} and {two}"
         )
     figures, draws = [], []
@@ -215,13 +213,14 @@ def _figures(comparisons: Comparisons) -> dict[str, Any]:
 
 
 def _resample(spec: StageSpec) -> Resampled:
-    """The figures of the full protocol in resamples of the identities."""
+    """The figures of the protocol in resamples of the identities."""
     embeddings, extent = spec.input("embeddings"), _extent(spec)
     return bootstrap(
         lambda identities: read_judged(embeddings, extent, identities),
         extent,
         spec.config["bootstrap"],
         spec.config["seed"],
+        spec.config["protocol"],
     )
 
 
@@ -236,13 +235,20 @@ def _intervals(resampled: Resampled, figures: Mapping[str, Any]) -> dict[str, An
 
 
 def _operating_points(comparisons: Comparisons) -> dict[str, Any]:
-    """FMR and FNMR where the FMR is at most each of RATES, and at each of THRESHOLDS."""
+    """FMR and FNMR where the FMR is at most each of RATES, and at each of THRESHOLDS.
+
+    A rate that is less than one of the impostor pairs cannot be told from 0, and has no point.
+    """
     if not _comparable(comparisons):
         return {}
     rates = error_rates(*comparisons)
-    points = [{"fmr_at_most": rate, **_finite(point_at_most(rates, rate)._asdict())} for rate in RATES]
+    nothing = dict.fromkeys(OperatingPoint._fields)
+    points = [
+        nothing if 0 < rate * comparisons.impostor.size < 1 else _finite(point_at_most(rates, rate)._asdict())
+        for rate in RATES
+    ]
     return {
-        "at_fmr": points,
+        "at_fmr": [{"fmr_at_most": rate, **point} for rate, point in zip(RATES, points, strict=True)],
         "at_threshold": [point_at(rates, threshold)._asdict() for threshold in THRESHOLDS],
     }
 

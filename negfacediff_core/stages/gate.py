@@ -1,6 +1,8 @@
 """The leakage gate of a run: its stages `gallery`, `neighbours` and `leakage`, planned and checked."""
 
+import re
 import shlex
+from pathlib import PurePath
 from typing import NamedTuple
 
 from negfacediff_core.config import BuildConfig, LeakageConfig, Policy
@@ -9,13 +11,15 @@ from negfacediff_core.evaluation.leakage import RATES, impostor_pairs, needed_pa
 from negfacediff_core.stages import gallery, kept, leakage, neighbours
 from negfacediff_core.stages.aligned import SIZE
 from negfacediff_core.stages.models import conditioner_hash, embedder_of, named, network_weight
-from negfacediff_core.store.layout import StageSpec, Weight, adopt
+from negfacediff_core.store.layout import StageSpec, Weight, adopt, fingerprint
 from negfacediff_core.store.location import locate
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.runs import stages_of_run
 
 # The recognisers of a gate, in the order in which they are given.
 ROLES = ("first", "second")
+# Letters of a gallery's name, and digits of its hash, in the names of what a gate makes.
+_LETTERS, _DIGITS = 16, 6
 
 
 class Gate(NamedTuple):
@@ -28,6 +32,13 @@ class Gate(NamedTuple):
     run: dict[str, StageSpec]
     stages: dict[str, StageSpec]
     conditioner_known: bool
+
+    @property
+    def label(self) -> str:
+        """Tells the gallery apart in the names of runs: its name, and a hash of all that it holds."""
+        gallery = self.stages["gallery"].weights["gallery"]
+        name = re.sub("[^a-z0-9]+", "-", PurePath(gallery.path).stem.lower()).strip("-")
+        return f"{name[:_LETTERS].strip('-')}-{fingerprint(dict(gallery.sha256))[:_DIGITS]}".lstrip("-")
 
 
 def plan_gate(store: str, run: str, settings: LeakageConfig) -> Gate:

@@ -22,6 +22,7 @@ from negfacediff_core.evaluation.leakage import (
     too_few_pairs,
 )
 from negfacediff_core.evaluation.leakage_report import Seen, describe, describe_together
+from negfacediff_core.stages.neighbours import nearest_columns
 from negfacediff_core.stages.stored_gallery import People, StoredGallery, people_of
 from negfacediff_core.store.extents import read_column
 from negfacediff_core.store.layout import Grid, StageSpec, Unit, Weight
@@ -38,11 +39,6 @@ def plan(
 ) -> StageSpec:
     """Describe the stage for the images that `embeddings` calls ok; its extent is part of its fingerprint."""
     identities, images = embeddings.grid.identities, embeddings.grid.replicates
-    columns = [
-        column
-        for role in recognisers
-        for column in ((f"{role}_nearest", "int64"), (f"{role}_cosine", "float64"))
-    ]
     return StageSpec(
         store=neighbours.store,
         name="leakage",
@@ -54,7 +50,7 @@ def plan(
             "neighbours": neighbours.fingerprint,
         },
         grid=Grid(identities, 1, identities, 1),
-        columns=(("identity", "int64"), ("images", "int64"), *columns),
+        columns=(("identity", "int64"), ("images", "int64"), *nearest_columns(recognisers)),
         per_replicate=False,
     )
 

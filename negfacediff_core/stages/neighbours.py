@@ -1,7 +1,7 @@
 """Stage `neighbours`: of every generated image the most similar one of a gallery, to each recogniser."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import faiss
 import numpy as np
@@ -23,11 +23,6 @@ def plan(aligned: StageSpec, gallery: StageSpec, recognisers: Mapping[str, Weigh
     """Describe the stage for the crops of `aligned`, with its extent; `recognisers` by role, as the
     gallery's.
     """
-    columns = [
-        column
-        for role in recognisers
-        for column in ((f"{role}_nearest", "int64"), (f"{role}_cosine", "float64"))
-    ]
     return StageSpec(
         store=aligned.store,
         name="neighbours",
@@ -37,8 +32,22 @@ def plan(aligned: StageSpec, gallery: StageSpec, recognisers: Mapping[str, Weigh
         grid=aligned.grid,
         weights=dict(recognisers),
         arrays=gallery.arrays,
-        columns=(("identity", "int64"), ("replicate", "int64"), *columns, ("status", "string")),
+        columns=(
+            ("identity", "int64"),
+            ("replicate", "int64"),
+            *nearest_columns(recognisers),
+            ("status", "string"),
+        ),
     )
+
+
+def nearest_columns(recognisers: Iterable[str]) -> list[tuple[str, str]]:
+    """Return what a row says of its nearest face of the gallery, to the recognisers in these roles."""
+    return [
+        column
+        for role in recognisers
+        for column in ((f"{role}_nearest", "int64"), (f"{role}_cosine", "float64"))
+    ]
 
 
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:

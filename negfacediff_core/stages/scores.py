@@ -1,6 +1,7 @@
 """Stage `scores`: all comparison scores of a large dataset, counted band by band.
 
-Its extent is part of its fingerprint, as in the stage `evaluation`, which adds the bands up. Sets whose
+A unit is a band of identities and, in place of replicates, a part of the bands that it is compared with. Its
+extent is part of its fingerprint, as in the stage `evaluation`, which adds the bands up. Sets whose
 scores are few enough to be kept one by one, and the paper protocol, need no band: there the stage has no
 unit, and the evaluation compares.
 """
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.evaluation.bands import (
     BINS,
+    PARTNERS,
     TILE_ROWS,
     BandScores,
     Images,
     add_up,
     band_identities,
     partners,
+    parts_of,
     score_band,
 )
 from negfacediff_core.evaluation.distributions import Comparisons
@@ -37,7 +40,7 @@ from negfacediff_core.store.tables import rows_of
 VERSION = 1
 COLUMNS = (("identity", "int64"), ("images", "int64"))
 # Images that a band is compared with at a time.
-_PART = 4 * TILE_ROWS
+_PIECE = 4 * TILE_ROWS
 
 
 class Judged(NamedTuple):
@@ -49,34 +52,41 @@ class Judged(NamedTuple):
 
 
 def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> StageSpec:
-    """Describe the stage: a unit a band, of whole blocks of embeddings; no unit where no band is needed."""
+    """Describe the stage: bands are of whole blocks of embeddings; no unit where no band is needed."""
     banded = build.evaluation.protocol == "full" and build.identities * build.images > EXACT_IMAGES
     embeddings = upstream["embeddings"]
     band = band_identities(build.images, embeddings.grid.block_identities)
+    parts = parts_of(-(-build.identities // band))
     return StageSpec(
         store=store,
         name="scores",
         version=VERSION,
-        config={"identities": build.identities, "images": build.images} if banded else {},
+        config={"identities": build.identities, "images": build.images, "parts": parts} if banded else {},
         inputs={"embeddings": embeddings.fingerprint},
-        grid=Grid(build.identities, 1, band, 1, limit=build.identities) if banded else Grid(0, 1, 1, 1),
+        grid=Grid(build.identities, parts, band, 1, limit=build.identities) if banded else Grid(0, 1, 1, 1),
         columns=COLUMNS,
         per_replicate=False,
     )
 
 
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
-    """Compare a band with itself and the half of the others that follows it."""
+    """Compare a band with some of itself and the half of the others that follows it."""
     started, begun = time.time(), time.perf_counter()
     device = device_of(execution.device)
     embeddings, extent, bands = spec.input("embeddings"), _extent(spec), _bands(spec)
-    own = list(judged(embeddings, extent, np.array(bands[unit.identity_block])))
+    band, first = unit.identity_block, PARTNERS * unit.replicate_block
+    own = list(judged(embeddings, extent, np.array(bands[band])))
     seconds = {"read": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    following = partners(unit.identity_block, len(bands))[1:]
-    others = (part for band in following for part in judged(embeddings, extent, np.array(bands[band])))
-    scores = score_band(_together(own), _parts(others), device=device)
+    compared = partners(band, len(bands))[first : first + PARTNERS]
+    others = (
+        block
+        for other in compared
+        if other != band
+        for block in judged(embeddings, extent, np.array(bands[other]))
+    )
+    scores = score_band(_together(own), _pieces(others), inside=band in compared, device=device)
     seconds["score"] = time.perf_counter() - begun
     return commit(
         spec,
@@ -97,15 +107,14 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
 
 
 def stored_comparisons(spec: StageSpec) -> Comparisons | None:
-    """The scores of the whole extent, from those of all bands; None where the stage has none.
+    """The scores of the whole extent, from those of all bands, read one by one; None where there are none.
 
     Raises:
         StoreError: if a band is not committed, or is damaged.
     """
     if not spec.config:
         return None
-    units = replace(spec.grid, identities=spec.config["identities"], replicates=1).units()
-    return add_up([_decode(read_file(spec, unit, _file(unit))) for unit in units])
+    return add_up(_decode(read_file(spec, unit, _file(unit))) for unit in _grid(spec).units())
 
 
 def judged(embeddings: StageSpec, extent: tuple[int, int], identities: NDArray[np.int64]) -> Iterator[Judged]:
@@ -154,12 +163,12 @@ def _together(parts: list[Judged]) -> Images:
     return Images(np.concatenate([part.embeddings[part.valid] for part in parts]), np.concatenate(identity))
 
 
-def _parts(blocks: Iterator[Judged]) -> Iterator[Images]:
-    """Join blocks of identities to parts of at least _PART images, but for the last."""
+def _pieces(blocks: Iterator[Judged]) -> Iterator[Images]:
+    """Join blocks of identities to pieces of at least _PIECE images, but for the last."""
     held: list[Judged] = []
     for block in blocks:
         held.append(block)
-        if sum(part.valid.size for part in held) >= _PART:
+        if sum(part.valid.size for part in held) >= _PIECE:
             yield _together(held)
             held = []
     if held:
@@ -174,7 +183,7 @@ def _encode(scores: BandScores) -> bytes:
         held[f"{kind}_bins"] = np.flatnonzero(counts).astype(np.uint32)
         held[f"{kind}_counts"] = counts[held[f"{kind}_bins"]]
     file = io.BytesIO()
-    np.savez(file, **held)
+    np.savez_compressed(file, **held)
     return file.getvalue()
 
 
@@ -203,5 +212,10 @@ def _extent(spec: StageSpec) -> tuple[int, int]:
 
 def _bands(spec: StageSpec) -> list[range]:
     """The identities of each band."""
-    grid = replace(spec.grid, identities=spec.config["identities"], replicates=1)
+    grid = replace(_grid(spec), replicates=1)
     return [grid.identities_of(unit) for unit in grid.units()]
+
+
+def _grid(spec: StageSpec) -> Grid:
+    """The units of the extent; the bands of older stores were compared in one part each."""
+    return replace(spec.grid, identities=spec.config["identities"], replicates=spec.config.get("parts", 1))

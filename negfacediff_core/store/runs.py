@@ -15,7 +15,8 @@ from negfacediff_core.store.layout import (
 )
 from negfacediff_core.store.location import locate
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+# A build's name has 63 characters at most; that of what a gate makes of it names the gallery besides.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _AXES = ("identities", "replicates")
 # What the run of a dataset has at least.
 _OF_A_DATASET = {"samples", "aligned", "embeddings", "evaluation"}
