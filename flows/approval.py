@@ -1,6 +1,5 @@
 """Approval of a long build: asked for on the terminal, or by a pause in Prefect with the plan shown."""
 
-import re
 import sys
 
 import typer
@@ -8,9 +7,11 @@ from prefect import pause_flow_run
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
+from flows.artifacts import key_of
 from flows.plan import plan_lines, print_plan
 from flows.planning import Plan, timed_plan_of
 from negfacediff_core.config import BuildConfig, ExecutionConfig
@@ -60,11 +61,12 @@ def approve_in_prefect(build: BuildConfig, store: str, execution: ExecutionConfi
             "PREFECT_API_URL to a server."
         )
     text = f"{described}.\n\n" + "\n".join(f"- **{label}** {said}" for label, said in plan_lines(plan))
-    key = re.sub("[^a-z0-9]+", "-", f"plan-{plan.name}").strip("-")
-    create_markdown_artifact(text, key=key, description=f"Plan of {plan.name}")
+    create_markdown_artifact(text, key_of("plan", plan.name), f"Plan of {plan.name}")
     question = Approval.with_initial_data(description=text, approved=False)
     try:
-        answer = pause_flow_run(wait_for_input=question, timeout=PATIENCE, poll_interval=LOOK)
+        # a retry of the flow run asks anew, and would else find the answer to the question before
+        key = f"approval-{flow_run.run_count}"
+        answer = pause_flow_run(question, timeout=PATIENCE, poll_interval=LOOK, key=key)
     except FlowPauseTimeout as error:
         raise BuildError(f"{described}, and nobody approved it in a week; run it again.") from error
     if not answer.approved:

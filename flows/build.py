@@ -4,44 +4,62 @@ What is done is known from the store alone. Every round plans the pending units 
 waits for them all; running the same build again after any interruption is therefore how one goes on with it.
 """
 
+import os
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any, cast
 
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
+from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from rich.console import Console
 
 from flows.approval import approve_in_prefect
-from flows.progress import Meter, show_progress
-from flows.results import (
-    figures_of,
+from flows.artifacts import (
+    RESUME,
+    progress_artifacts,
     publish,
+    publish_failed_images,
+    publish_failures,
+)
+from flows.form import STORE
+from flows.progress import Meter, clock_text, show_progress
+from flows.results import (
+    failed_images,
+    figures_of,
     record_run,
     recorded_energy,
     report_of,
     seconds_of,
+    why_failed,
     write_page,
 )
 from flows.rounds import GROUPS, chunk_size
-from flows.words import count_text
+from flows.turns import turn
+from flows.words import command_text, count_text
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, PlaceError
 from negfacediff_core.stages import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import committed, pending
 from negfacediff_core.store.shards import prepare
-from tasks.chunks import Crew, Failure, Line, run_chunk, size_of
+from tasks.chunks import Crew, Failure, Line, UnitsFailed, run_chunk, size_of
 from tasks.energy import measured
 from tasks.executors import check_available, open_pool
+from tasks.workers import check_workers
 
 # Two chunks overlap: while one waits for its last units, the other keeps the workers busy.
 CHUNKS_AT_ONCE = 2
 # Failed units that an error names; the rest are counted.
 NAMED = 3
+# Seconds that a process which is told to end has for telling Prefect so. A unit in the midst of sampling
+# would hold it for minutes; it has committed nothing, and the next run makes it.
+LEAVE = 4.0
 DEFAULT_EXECUTION = ExecutionConfig()
 
 
@@ -52,7 +70,7 @@ DEFAULT_EXECUTION = ExecutionConfig()
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
 )
 def build_dataset(
-    build: BuildConfig, execution: ExecutionConfig = DEFAULT_EXECUTION, store: str = "store"
+    build: BuildConfig, execution: ExecutionConfig = DEFAULT_EXECUTION, store: str = STORE
 ) -> dict[str, Any]:
     """Build one dataset, or finish one, in `store` (a folder or an fsspec URL).
 
@@ -68,22 +86,26 @@ def build_dataset(
     for spec in specs.values():
         prepare(spec)
     # only images that are all made here, in one go, tell what they took
-    whole = "://" not in execution.executor and not committed(specs["samples"])
+    whole = not execution.elsewhere and not committed(specs["samples"])
     joules = None if whole else recorded_energy(build, specs, store)
     record_run(build, specs, store, joules=joules)
-    with measured() as energy:
-        _run_stages(specs, execution, f"Building {build.name} in {store}")
+    with turn(store), measured() as energy:
+        _run_stages(build.name, store, specs, execution)
     seconds = seconds_of(specs.values())
     record_run(build, specs, store, seconds, energy.joules if whole else joules)
     figures = figures_of(build.name, specs)
     report = report_of(f"Dataset {build.name}", [figures], [specs], seconds)
-    publish(build.name, report, write_page(specs, report))
-    return {
+    summary = _summary(build, specs, store, seconds)
+    pictures = write_page(specs, report)
+    publish(build.name, report, pictures, f"{specs['evaluation'].directory}/report.html", summary)
+    result = {
         "name": build.name,
         "stages": {name: spec.directory for name, spec in specs.items()},
         "figures": figures,
         "seconds": seconds,
     }
+    # Prefect shows the state's message with the flow run, and hands its data to the caller.
+    return cast("dict[str, Any]", Completed(message=summary, data=result))
 
 
 def stages_of(build: BuildConfig, store: str) -> dict[str, StageSpec]:
@@ -91,34 +113,82 @@ def stages_of(build: BuildConfig, store: str) -> dict[str, StageSpec]:
     return {spec.name: spec for spec in plan_build(build, store)}
 
 
-def _run_stages(specs: Mapping[str, StageSpec], execution: ExecutionConfig, title: str) -> None:
-    """Bring every stage to its end, with progress on the console; starts no workers where nothing is left."""
+def _summary(build: BuildConfig, specs: Mapping[str, StageSpec], store: str, seconds: float) -> str:
+    """Say in a sentence or two what was built, and what of it failed; the images that did are listed."""
+    made = f"{count_text(build.identities * build.images, 'image')} of {build.identities:,} identities"
+    done = f"{made}, from {clock_text(seconds)} of work."
+    failed = failed_images(specs["samples"])
+    if not failed:
+        return done
+    publish_failed_images(build.name, store, failed, why_failed(specs["samples"], next(iter(failed))))
+    again = command_text("retry-failed", store, build.name)
+    return f"{done} {count_text(sum(failed.values()), 'image')} failed: to make them again, {again}"
+
+
+def _run_stages(run: str, store: str, specs: Mapping[str, StageSpec], execution: ExecutionConfig) -> None:
     by_stage = {name: meter_of(spec) for name, spec in specs.items()}
-    meters = list(by_stage.values())
-    if all(meter.complete for meter in meters):
-        return
     for before, stage in chain.from_iterable(map(pairwise, GROUPS)):
         by_stage[stage].follows = by_stage[before]
+    groups = [[specs[stage] for stage in group] for group in GROUPS]
+    run_groups(run, store, groups, list(by_stage.values()), execution, f"Building {run} in {store}")
+
+
+def run_groups(
+    run: str,
+    store: str,
+    groups: Sequence[Sequence[StageSpec]],
+    meters: Sequence[Meter],
+    execution: ExecutionConfig,
+    title: str,
+) -> None:
+    """Bring groups of stages to their end, one after the other; starts no workers where nothing is left.
+
+    `meters` are those of all the stages, and show on the console under `title`, and in Prefect. BuildError,
+    which says how to go on with `run`, as `finish` raises it.
+    """
+    if all(meter.complete for meter in meters):
+        return
     stop = threading.Event()
     with (
         open_pool(execution) as pool,
         show_progress(title, meters, Console(stderr=True)) as reporter,
+        progress_artifacts(run, meters),
     ):
+        check_workers(pool, chain.from_iterable(groups), execution.device)
         crew = Crew(pool, execution, reporter.started, reporter.committed, stop)
         try:
-            for group in GROUPS:
-                finish([specs[stage] for stage in group], crew)
-        except BaseException:
+            for specs in groups:
+                finish(specs, crew)
+        except BaseException as error:
             # the chunks' threads end at their next look, before the pool is closed
             stop.set()
+            if isinstance(error, TerminationSignal):
+                threading.Thread(target=_leave, daemon=True).start()
+            if isinstance(error, BuildError):
+                if isinstance(error, UnitsFailed):
+                    publish_failures(run, store, error.failures)
+                raise BuildError(f"{error} {_how_to_go_on(run, store)}") from error
             raise
+
+
+def _leave() -> None:
+    """End this process soon, whatever its threads are at."""
+    threading.Event().wait(LEAVE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _how_to_go_on(run: str, store: str) -> str:
+    return (
+        "What is committed stays. Mend the cause and run the same again, in Prefect by Retry; or go on with "
+        f"{command_text('resume', store, run)}, in Prefect the deployment {RESUME}."
+    )
 
 
 def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
     """Run rounds over the units that the stages `specs` lack.
 
     Raises:
-        BuildError: when the rounds are used up, or at once where nothing can be written any more.
+        BuildError: when the rounds are used up (UnitsFailed), or at once where nothing can be written.
     """
     failures: list[Failure] = []
     rounds = crew.execution.retries + 1
@@ -136,7 +206,7 @@ def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
         except PlaceError as error:
             raise BuildError(f"The build stopped. {error}") from error
     if left := pending_lines(specs):
-        raise BuildError(_describe_failures(failures, len(left), rounds))
+        raise UnitsFailed(_describe_failures(failures, len(left), rounds), failures)
 
 
 def pending_lines(specs: Sequence[StageSpec]) -> list[Line]:
@@ -178,8 +248,7 @@ def _describe_failures(failures: Sequence[Failure], left: int, rounds: int) -> s
     more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
     return (
         f"{count_text(left, 'unit')} {'is' if left == 1 else 'are'} not done after "
-        f"{count_text(rounds, 'round')}: {named or 'they ran, but left no record'}{more}. "
-        "Mend the cause and run the same command again: what is committed stays."
+        f"{count_text(rounds, 'round')}: {named or 'they ran, but left no record'}{more}."
     )
 
 

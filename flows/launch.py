@@ -14,7 +14,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL
 
 from negfacediff_core.errors import ConfigError
-from tasks.executors import shielded_from_interrupts
+from tasks.machine import shielded_from_interrupts
 
 INTERRUPTED = 130
 
@@ -30,7 +30,7 @@ def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
         if address is None:
             _start_embedded_server()
         else:
-            _check_server(address)
+            check_server(address)
         return flow(**parameters)
     except KeyboardInterrupt:
         # The rest is quick, and a second Ctrl-C must not cut it short.
@@ -60,7 +60,7 @@ def _start_embedded_server() -> None:
     ThreadPoolExecutor(1).submit(start).result()
 
 
-def _check_server(address: str) -> None:
+def check_server(address: str) -> None:
     """Raise ConfigError, which shows no password, unless a Prefect server answers at `address`."""
     try:
         httpx.get(f"{address}/health", timeout=10).raise_for_status()

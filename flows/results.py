@@ -1,27 +1,23 @@
-"""What a finished build leaves besides its stages: run record, report page, and Prefect's artifact."""
+"""What a finished build leaves besides its stages: run record, figures and report page."""
 
-import base64
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
-
 from negfacediff_core.config import BuildConfig
-from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
+from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.stages.models import PROJECT
-from negfacediff_core.store.layout import StageSpec, Weight
+from negfacediff_core.store.layout import StageSpec, Unit, Weight
 from negfacediff_core.store.records import read_record, records
 from negfacediff_core.store.runs import read_run, write_run
-from negfacediff_core.store.shards import read_file
+from negfacediff_core.store.shards import read_file, read_rows
 from negfacediff_core.store.status import rate, seconds_worked
 from negfacediff_core.weights import licence_of
-from tasks.executors import installed_versions
+from tasks.machine import installed_versions
 
 PICTURES = (".png", ".svg")
 
@@ -119,6 +115,19 @@ def _source(weight: Weight) -> str:
 _NO_LICENCE = "not stated; a dataset inherits the conditions of its weights"
 
 
+def failed_images(samples: StageSpec) -> dict[Unit, int]:
+    """Return how many images failed to be sampled, by unit, in order, from the records of the extent."""
+    wanted = set(samples.grid.units())
+    failed = {record.unit: record.failed for record in records(samples) if record.failed}
+    return {unit: failed[unit] for unit in sorted(wanted.intersection(failed))}
+
+
+def why_failed(samples: StageSpec, unit: Unit) -> str:
+    """Say which image of a unit with failed images was the first to fail, and why."""
+    row = next(row for row in read_rows(samples, unit).to_pylist() if row["status"] == "failed")
+    return f"image {row['replicate']} of identity {row['identity']}: {row['error']}"
+
+
 def _timings(spec: StageSpec) -> dict[str, float]:
     """Return the seconds that the committed units of a stage took, by phase, summed over workers."""
     totals: Counter[str] = Counter()
@@ -209,32 +218,15 @@ def write_page(specs: Mapping[str, StageSpec], report: Mapping[str, Any]) -> dic
     return pictures
 
 
-def publish(name: str, report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
-    """Show figures and pictures in Prefect, under the build's name; `data:` pictures render offline."""
-    datasets = report["datasets"]
-    head = "| |" + "".join(f" {dataset['name']} |" for dataset in datasets)
-    rows = [
-        f"| {title} |" + "".join(f" {cell} |" for cell in cells) for title, *cells in figure_rows(datasets)
-    ]
-    images = [
-        f"![{name}](data:image/png;base64,{base64.b64encode(content).decode()})"
-        for name, content in pictures.items()
-        if name.endswith(".png")
-    ]
-    create_markdown_artifact(
-        "\n".join([head, "|---" * (len(datasets) + 1) + "|", *rows, "", *images]),
-        # keys are lower case, digits and dashes
-        key=re.sub("[^a-z0-9]+", "-", name).strip("-"),
-        description=report["title"],
-    )
+def figure_rows(datasets: Sequence[Mapping[str, Any]], *groups: str) -> list[list[str]]:
+    """Return the table of figures as text: a row a figure, its title first, then a cell for each dataset.
 
-
-def figure_rows(datasets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table of figures as text: a row a figure, its title first, then a cell for each dataset."""
+    `groups` are the headings whose figures are meant; none: all.
+    """
     return [
         [figure.title, *(_cell(dataset.get(figure.key), figure.form) for dataset in datasets)]
         for figure in FIGURES
-        if any(figure.key in dataset for dataset in datasets)
+        if any(figure.key in dataset for dataset in datasets) and figure.group in (groups or GROUPS)
     ]
 
 

@@ -7,13 +7,73 @@ Core functions take plain values, not these objects; only `stages` reads them.
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+#: Titles of fields in a form, where the name alone does not say it.
+TITLES = {
+    "aligned": "Alignment",
+    "block_identities": "Identities in a work unit",
+    "block_images": "Images of each identity in a work unit",
+    "cfg": "Classifier-free guidance",
+    "ddim_alpha": "Previous alpha of DDIM",
+    "eta": "Noise of DDIM (eta)",
+    "final_noise": "Final noise of DDPM",
+    "fmr": "False match rate",
+    "mid": "Median of the rule mid",
+    "rand": "Draw of the rule rand",
+    "samples": "Sampling",
+    "w": "Negative weight (w)",
+    "weight": "Course of the weight",
+}
+
+
+def title_of(name: str, field: Any = None) -> str:
+    """Return what stands above the field `name` in a form."""
+    return TITLES.get(name) or name.replace("_", " ").capitalize()
+
+
+def _say_limits(schema: dict[str, Any]) -> None:
+    """Add the limits of each number to its description, which is all that a form shows."""
+    words = {
+        "minimum": "from",
+        "exclusiveMinimum": "above",
+        "maximum": "to",
+        "exclusiveMaximum": "and below",
+        "multipleOf": "in steps of",
+    }
+    for field in schema.get("properties", {}).values():
+        limits = [f"{said} {field[key]:,}" for key, said in words.items() if key in field]
+        if limits and "Allowed" not in field["description"]:
+            field["description"] = f"{field['description']} Allowed: {' '.join(limits)}."
 
 
 class Model(BaseModel):
     """Base of every configuration: unknown keys are refused, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_enum_values=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_enum_values=True,
+        field_title_generator=title_of,
+        json_schema_extra=_say_limits,
+    )
+
+
+#: Something that may be left out: None, or an empty box of a form, which shows no two kinds to choose from.
+Optional = Annotated[
+    str | None,
+    BeforeValidator(lambda value: None if value == "" else value),
+    WithJsonSchema({"type": "string"}),
+]
 
 
 class ContextSource(StrEnum):
@@ -148,7 +208,7 @@ class Policy(StrEnum):
     drop = "drop"
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**63, description="Random seed, 0 to 2^63 - 1.")]
+Seed = Annotated[int, Field(ge=0, lt=2**63, description="Random seed. Allowed: from 0 to 2^63 - 1.")]
 
 
 class ContextsConfig(Model):
@@ -161,12 +221,12 @@ class ContextsConfig(Model):
         "embeddings of faces that `generator` makes unasked. mixup: between two vectors of `file` each. "
         "packed: spread evenly over the sphere.",
     )
-    file: str | None = Field(
+    file: Optional = Field(
         default=None,
         description="Embeddings for the sources fitted, file and mixup: .npz, Parquet or Zarr with "
         "`contexts`, or a published .npy.",
     )
-    folder: str | None = Field(
+    folder: Optional = Field(
         default=None,
         description="Images for the source folder: one an identity, or a sub-folder of them an identity.",
     )
@@ -239,7 +299,11 @@ class ContextsConfig(Model):
 class NegativesConfig(Model):
     """Which other identity each identity is pushed away from."""
 
-    rule: Rule = Field(default=Rule.far, description="How the negative is picked; none switches it off.")
+    rule: Rule = Field(
+        default=Rule.far,
+        description="How the negative is picked. far: the identity least like it. mid: the median one. "
+        "close: the most like it. rand: any other. null: the zero vector. none: no negative, and w is 0.",
+    )
     count: int = Field(
         default=1,
         ge=1,
@@ -280,13 +344,18 @@ class SamplesConfig(Model):
     generator: str = Field(
         default="packs/demo/generator", description="Folder of the generator: an IDiff-Face release."
     )
+    w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0: no negative.")
     sampler: Sampler = Field(
         default=Sampler.ddim,
         description="The sampler. dpm_solver is DPM-Solver++(2M), dpm_solver_2s its single-step form.",
     )
     steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps; ddpm always takes all of T.")
+    precision: Precision = Field(
+        default=Precision.fp32,
+        description="Number format of the networks: fp32 or bf16; tf32 or fp16 on a GPU alone.",
+    )
+    seed: Seed = 0
     eta: float = Field(default=0.0, ge=0, le=1, description="DDIM's noise: 0 deterministic, 1 as DDPM.")
-    w: float = Field(default=0.5, ge=0, le=10, description="Negative weight; 0: no negative.")
     weight: Weight = Field(
         default=Weight.constant,
         description="How the weight moves over the timesteps t: constant, adaptive w (1 - t/T), reverse "
@@ -321,11 +390,6 @@ class SamplesConfig(Model):
     )
     ddim_alpha: Form = Field(default=Form.exact, description="DDIM's previous alpha; paper: off by one.")
     final_noise: Form = Field(default=Form.exact, description="DDPM's noise at t = 1; paper: none.")
-    precision: Precision = Field(
-        default=Precision.fp32,
-        description="Number format of the networks: fp32 or bf16; tf32 or fp16 on a GPU alone.",
-    )
-    seed: Seed = 0
 
     @model_validator(mode="after")
     def _guidance_makes_sense(self) -> "SamplesConfig":
@@ -363,10 +427,10 @@ class EmbeddingsConfig(Model):
         description="insightface model pack with the recogniser that judges; not the generator's own.",
     )
     flip: bool = Field(default=False, description="Add the mirrored crop's embedding.")
-    recogniser: str | None = Field(
+    recogniser: Optional = Field(
         default=None,
         description="insightface model pack with the recogniser that samples.generator was trained with: "
-        "each image is compared with the context of its identity. null: it is not.",
+        "each image is compared with the context of its identity. Empty: it is not.",
     )
     band_low: float = Field(
         default=-1.0,
@@ -378,15 +442,15 @@ class EmbeddingsConfig(Model):
     band_high: float = Field(
         default=1.0, ge=-1, le=1, description="Images whose cosine is above this are left out."
     )
-    quality: str | None = Field(
+    quality: Optional = Field(
         default=None,
         description="ONNX network that gives an aligned 112x112 crop one number, higher for a better "
-        "picture. null: the norm of the judge's embedding.",
+        "picture. Empty: the norm of the judge's embedding.",
     )
-    attributes: str | None = Field(
+    attributes: Optional = Field(
         default=None,
         description="ONNX network that gives an aligned 112x112 crop a score for each class of an attribute, "
-        "or insightface's genderage. null: attributes are not counted.",
+        "or insightface's genderage. Empty: attributes are not counted.",
     )
 
     @property
@@ -437,18 +501,18 @@ class BuildConfig(Model):
     )
     identities: int = Field(default=10_050, ge=2, le=10_000_000, description="Identities to make.")
     images: int = Field(default=50, ge=1, le=10_000, description="Images of each identity.")
-    block_identities: int = Field(
-        default=8, ge=1, le=4096, description="Identities in one work unit; a store keeps its first choice."
-    )
-    block_images: int = Field(
-        default=50, ge=1, le=4096, description="Images of each identity in one work unit; likewise."
-    )
     contexts: ContextsConfig = Field(default_factory=ContextsConfig, description="Identity contexts.")
     negatives: NegativesConfig = Field(default_factory=NegativesConfig, description="Negative contexts.")
     samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Sampling.")
     aligned: AlignedConfig = Field(default_factory=AlignedConfig, description="Detection and alignment.")
     embeddings: EmbeddingsConfig = Field(default_factory=EmbeddingsConfig, description="Embedding.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
+    block_identities: int = Field(
+        default=8, ge=1, le=4096, description="Identities in one work unit; a store keeps its first choice."
+    )
+    block_images: int = Field(
+        default=50, ge=1, le=4096, description="Images of each identity in one work unit; likewise."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -471,10 +535,20 @@ class ExecutionConfig(Model):
 
     executor: str = Field(
         default="threads",
-        pattern=r"^(threads|dask|cuda|(tcp|tls|ucx|ws|wss)://\S+)$",
-        description="threads, dask (local processes), cuda (a process a GPU), or a Dask scheduler's address.",
+        pattern=r"^(threads|dask|cuda|slurm|kubernetes|(tcp|tls|ucx|ws|wss)://\S+)$",
+        description="threads, dask (local processes), cuda (a process a GPU), slurm (a worker a job), "
+        "kubernetes (a worker a pod), or a Dask scheduler's address.",
     )
-    workers: int = Field(default=0, ge=0, le=4096, description="Workers; 0: one a core or GPU.")
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Workers; 0: one a core or GPU. Jobs of slurm, pods of kubernetes, which need a number.",
+    )
+    adaptive: bool = Field(
+        default=False,
+        description="Let workers come, up to `workers`, and go with the work: dask, slurm or kubernetes.",
+    )
     threads_per_worker: int = Field(default=1, ge=1, le=256, description="CPU threads of each worker.")
     batch_size: int = Field(default=0, ge=0, le=65_536, description="Images a batch; 0: fits the device.")
     device: str = Field(
@@ -498,6 +572,11 @@ class ExecutionConfig(Model):
         "on the terminal, or paused in Prefect. 0: never.",
     )
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether units run on other machines than this one."""
+        return "://" in self.executor or self.executor in ("slurm", "kubernetes")
+
 
 class LeakageConfig(Model):
     """The leakage gate: whom generated images are compared with, by whom, and what follows."""
@@ -512,8 +591,8 @@ class LeakageConfig(Model):
         description="One or two insightface model packs that did not condition the generator. None: the "
         "judge of the run.",
     )
-    detector: str | None = Field(
-        default=None, description="Model pack with the detector of the gallery's faces. None: the run's."
+    detector: Optional = Field(
+        default=None, description="Model pack with the detector of the gallery's faces. Empty: the run's."
     )
     detector_size: int = Field(
         default=0, ge=0, le=1280, multiple_of=32, description="Side of its input, in pixels; 0: the run's."

@@ -9,6 +9,10 @@ class ConfigError(NegFaceDiffError):
     """An unknown, mistyped or impossible setting."""
 
 
+class WorkerError(ConfigError):
+    """A worker, or a cluster of them, on which no unit of a build can run."""
+
+
 class WeightsError(NegFaceDiffError):
     """Weights that are missing, corrupt, of another architecture, or not what their hash says."""
 

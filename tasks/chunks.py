@@ -15,11 +15,13 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.errors import NegFaceDiffError, PlaceError, StoreError
+from negfacediff_core.errors import BuildError, NegFaceDiffError, PlaceError, StoreError, WorkerError
 from negfacediff_core.stages import run_unit
 from negfacediff_core.store.layout import StageSpec, Unit, fingerprint
 from negfacediff_core.store.location import without_credentials
-from tasks.executors import Pool
+from tasks.pools import Pool
+from tasks.units import make_unit
+from tasks.workers import wants_gpu
 
 # Units that wait in the pool for each worker, so that no worker idles while the driver looks elsewhere.
 WINDOW_PER_WORKER = 2
@@ -45,6 +47,14 @@ class Failure:
     log: str
     worker_died: bool
     """Its worker died under it, which another unit of that worker may have caused."""
+
+
+class UnitsFailed(BuildError):
+    """Units that still fail when the rounds are used up: `failures` are those of the last round."""
+
+    def __init__(self, message: str, failures: Sequence[Failure]) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 @dataclass(frozen=True)
@@ -89,19 +99,20 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
     Raises:
         CancelledError: when asked to stop.
         PlaceError: when a unit could not be committed for a reason that holds for all of them.
+        WorkerError: when a worker is unfit for the build, or no worker is left.
     """
     waiting = deque(lines)
     flights: dict[Future[None], tuple[Line, int]] = {}
     failures: list[Failure] = []
-    window = window or WINDOW_PER_WORKER * crew.pool.workers
-
     while waiting or flights:
         if crew.stop.is_set():
             _cancel(flights)
             raise CancelledError("the build was asked to stop")
         # Only lines at their first stage count: a GPU never waits because later stages lag behind.
         entered = sum(position == 0 for _, position in flights.values())
-        for _ in range(min(window - entered, len(waiting))):
+        # asked each time: workers come and go
+        room = (window or WINDOW_PER_WORKER * crew.pool.workers) - entered
+        for _ in range(min(room, len(waiting))):
             line = waiting.popleft()
             flights[_launch(line, 0, attempt, crew)] = (line, 0)
 
@@ -110,7 +121,7 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
             line, position = flights.pop(future)
             spec = line.specs[position]
             error = future.exception()
-            if isinstance(error, PlaceError):
+            if isinstance(error, PlaceError | WorkerError):
                 # the others would be computed, for minutes each, and then be lost as well
                 _cancel(flights)
                 raise error
@@ -137,14 +148,14 @@ def _launch(line: Line, position: int, attempt: int, crew: Crew) -> "Future[None
     spec = line.specs[position]
     crew.started(spec.name)
     return crew.pool.submit(
+        make_unit,
         run_unit,
         spec,
         line.unit,
         crew.execution,
         # the same unit of another store is other work to a scheduler that both builds use
         key=f"{spec.name}-{fingerprint({'place': spec.directory})}-{line.unit.name}-{attempt}",
-        # images are sampled for contexts too, where these are those of generated faces
-        gpu="generator" in spec.weights,
+        gpu=wants_gpu(spec),
     )
 
 

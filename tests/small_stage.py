@@ -18,7 +18,7 @@ def make_spec(store, identities=6, replicates=4, limit=None, **changes):
         config={"w": 0.5},
         inputs={"contexts": "0" * 16},
         grid=Grid(identities, replicates, block_identities=4, block_replicates=4, limit=limit),
-        weights={"generator": Weight("/somewhere", {"unet": "ab"})},
+        weights={"generator": Weight(__file__, {"unet": "ab"})},
         arrays=(ArraySpec("image", "u1", (5, 5, 3)), ArraySpec("embedding", "f4", (7,))),
         columns=(("identity", "int64"), ("replicate", "int64"), ("status", "string"), ("error", "string")),
     )

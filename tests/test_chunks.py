@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.store.layout import Grid, StageSpec, Unit
+from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import prepare
 from tasks import chunks
 from tasks.chunks import Crew, Line, drive
@@ -17,6 +19,10 @@ from tasks.executors import open_pool
 # Units of 3 x 2 images.
 GRID = Grid(120, 2, 3, 2)
 UNITS = GRID.units()
+
+
+def record_of(unit: Unit) -> Record:
+    return Record(unit, 6, 6, 0, {}, {}, time.time(), time.time(), "host", "cpu")
 
 
 @pytest.fixture
@@ -57,6 +63,7 @@ def script(
         calls.append((spec.name, unit))
         if (spec.name, unit.name) in poison:
             raise RuntimeError(f"no luck with {unit.name}")
+        return record_of(unit)
 
     monkeypatch.setattr(chunks, "run_unit", run_unit)
     return calls
@@ -111,6 +118,7 @@ def test_a_request_to_stop_ends_the_chunk_and_hands_out_nothing_more(specs, crew
     def run_unit(spec, unit, execution):
         calls.append(unit)
         crew.stop.set()
+        return record_of(unit)
 
     monkeypatch.setattr(chunks, "run_unit", run_unit)
     with pytest.raises(CancelledError):

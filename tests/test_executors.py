@@ -19,8 +19,9 @@ from small_stage import make_spec
 from flows.command import check
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
-from tasks import executors
-from tasks.executors import Pool, check_available, open_pool
+from tasks import executors, machine, pools
+from tasks.executors import check_available, open_pool
+from tasks.pools import Pool
 
 
 def leave(folder: Path, number: int) -> bytes:
@@ -219,7 +220,7 @@ def test_two_units_have_the_gpu_in_hand_while_others_work(monkeypatch: pytest.Mo
 
     def on_gpu():
         running.append(1)
-        assert len(running) <= executors.UNITS_PER_GPU == 2
+        assert len(running) <= pools.UNITS_PER_GPU == 2
         two_in_hand.wait()
         running.pop()
 
@@ -232,22 +233,20 @@ def test_two_units_have_the_gpu_in_hand_while_others_work(monkeypatch: pytest.Mo
 
 def test_an_executor_that_cannot_run_here_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "find_spec", lambda name: None)
-    with (
-        pytest.raises(ConfigError, match=r"negfacediff\[cuda\]"),
-        open_pool(ExecutionConfig(executor="cuda")),
-    ):
-        pass
+    for executor in ("cuda", "slurm", "kubernetes"):
+        with pytest.raises(ConfigError, match=rf"negfacediff\[{executor}\]"):
+            check_available(ExecutionConfig(executor=executor, workers=1))
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executors, "find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"), open_pool(ExecutionConfig(executor="cuda")):
-        pass
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        check_available(ExecutionConfig(executor="cuda"))
 
 
 def test_workers_with_other_versions_are_refused(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch):
-    other = {**executors.installed_versions(), "numpy": "1.0.0"}
+    other = {**machine.installed_versions(), "numpy": "1.0.0"}
     monkeypatch.setattr("distributed.Client.run", lambda self, function: {"tcp://worker:1": other})
     with (
         pytest.raises(ConfigError, match=r"numpy 1\.0\.0 \(here"),
@@ -257,7 +256,7 @@ def test_workers_with_other_versions_are_refused(cluster: LocalCluster, monkeypa
 
 
 def test_an_address_where_nothing_listens_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(executors, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr("tasks.clusters.CONNECT_SECONDS", 1)
     with (
         pytest.raises(ConfigError, match="No Dask scheduler answers at tcp://127"),
         open_pool(ExecutionConfig(executor="tcp://127.0.0.1:9")),
@@ -275,7 +274,7 @@ def test_a_gpu_that_is_not_there_is_missed_before_work_starts(monkeypatch: pytes
 def test_a_scheduler_that_does_not_answer_is_missed_before_work_starts(
     monkeypatch: pytest.MonkeyPatch, tiny_build, tmp_path
 ):
-    monkeypatch.setattr("tasks.executors.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("tasks.clusters.CONNECT_SECONDS", 0.5)
     execution = ExecutionConfig(executor="tcp://127.0.0.1:1", device="cuda")
     with pytest.raises(ConfigError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:1"):
         check([tiny_build], str(tmp_path / "store"), execution)

@@ -14,7 +14,7 @@ from negfacediff_core.store.runs import write_run
 from negfacediff_core.store.shards import prepare
 from negfacediff_core.store.status import status
 from tasks import chunks
-from tasks.executors import Pool
+from tasks.pools import Pool
 
 UNITS = 1000
 # Generous: a free machine takes a twentieth of it.
@@ -43,7 +43,7 @@ def test_a_round_holds_no_more_units_than_its_window_at_a_time(stage):
         flying.discard(unit)
         return record_of(unit)
 
-    def submit(function, spec, unit, execution, *, key, gpu=False):
+    def submit(function, run_unit, spec, unit, execution, *, key, gpu=False):
         nonlocal most
         flying.add(unit)
         most = max(most, len(flying))
@@ -51,7 +51,7 @@ def test_a_round_holds_no_more_units_than_its_window_at_a_time(stage):
 
     rows = []
     crew = chunks.Crew(
-        Pool(submit, workers=2),
+        Pool(submit, lambda: 2),
         ExecutionConfig(),
         lambda stage: None,
         lambda stage, count: rows.append(count),

@@ -176,7 +176,7 @@ def test_json_of_a_timed_plan_has_all_spans(tiny_build, tmp_path):
 
 def test_places_are_those_of_the_executors(monkeypatch):
     assert places_of(ExecutionConfig(workers=3, device="cpu")) == (0, 3)
-    monkeypatch.setattr(planning, "usable_cores", lambda: 8)
+    monkeypatch.setattr("tasks.machine.usable_cores", lambda: 8)
     assert places_of(ExecutionConfig(device="cpu", threads_per_worker=2)) == (0, 4)
     assert places_of(ExecutionConfig(executor="tcp://host:1", workers=20, device="cpu")) == (0, 20)
     monkeypatch.setattr(planning, "uses_gpu", lambda device: True)

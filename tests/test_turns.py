@@ -1,0 +1,88 @@
+"""One run at a time writes into a store, the others wait and say so: with the limits of a server made up."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from uuid import uuid4
+
+import httpx
+import pytest
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import turns
+
+
+def refusal(status):
+    answer = httpx.Response(status, request=httpx.Request("POST", "http://server"))
+    error = ConcurrencySlotAcquisitionError("no")
+    error.__cause__ = httpx.HTTPStatusError("no", request=answer.request, response=answer)
+    return error
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens, in order; the limit is `taken` as often as is listed, and `refusals` are the server's."""
+    happened, refusals, taken = [], [], []
+
+    @contextmanager
+    def concurrency(name, **options):
+        assert options["max_retries"] == 0 and options["lease_duration"] == turns.LEASE
+        if refusals:
+            raise refusals.pop(0)
+        happened.append("taken")
+        yield
+        happened.append("given back")
+
+    run = SimpleNamespace(flow_run=SimpleNamespace(id=uuid4()))
+    monkeypatch.setattr(turns, "concurrency", concurrency)
+    monkeypatch.setattr(turns.FlowRunContext, "get", classmethod(lambda cls: run))
+    monkeypatch.setattr(turns, "_is_free", lambda name: not (taken and taken.pop()))
+    monkeypatch.setattr(turns, "_show", lambda run, name, message: happened.append(name))
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: happened.append(seconds))
+    with temporary_settings({PREFECT_API_URL: "http://server/api"}):
+        yield SimpleNamespace(happened=happened, refusals=refusals, taken=taken)
+
+
+def test_a_free_store_is_taken_at_once_and_given_back(events, tmp_path):
+    with turns.turn(str(tmp_path)):
+        events.happened.append("work")
+    assert events.happened == ["taken", "work", "given back"]
+
+
+def test_it_is_given_back_when_the_work_fails(events, tmp_path):
+    with pytest.raises(ZeroDivisionError), turns.turn(str(tmp_path)):
+        raise ZeroDivisionError
+    assert events.happened[0] == "taken"
+
+
+def test_who_waits_says_so_once_and_goes_on_when_the_store_is_free(events, tmp_path):
+    events.taken.append(True)
+    events.refusals.append(refusal(423))
+    with turns.turn(str(tmp_path)):
+        events.happened.append("work")
+    waiting = ["Waiting for its turn", turns.LOOK, turns.LOOK, "taken", "Running", "work", "given back"]
+    assert events.happened == waiting
+
+
+def test_a_server_that_fails_is_no_reason_to_wait(events, tmp_path):
+    events.refusals.append(refusal(500))
+    with pytest.raises(ConcurrencySlotAcquisitionError), turns.turn(str(tmp_path)):
+        pass
+
+
+def test_without_a_flow_run_or_a_lasting_server_nobody_waits(events, tmp_path, monkeypatch):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), turns.turn(str(tmp_path)):
+        pass
+    monkeypatch.setattr(turns.FlowRunContext, "get", classmethod(lambda cls: None))
+    with turns.turn(str(tmp_path)):
+        pass
+    assert events.happened == []
+
+
+def test_a_limit_is_named_after_its_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = turns.turn_name("faces")
+    assert name == turns.turn_name(str(tmp_path / "faces")) == turns.turn_name(f"file://{tmp_path}/faces")
+    assert name != turns.turn_name("faces2")
+    assert "faces" in name and name.startswith("store-") and len(name) < 60
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
