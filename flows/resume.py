@@ -1,8 +1,7 @@
 """`negfacediff resume` and `retry-failed`: going on with runs as their records say."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -12,6 +11,7 @@ from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import StoreError
 
 if TYPE_CHECKING:
+    from flows.leakage import GateRecord
     from negfacediff_core.config import BuildConfig
     from negfacediff_core.store.layout import StageSpec, Unit
 
@@ -24,6 +24,14 @@ Run = Annotated[
 ]
 
 
+class Resumption(NamedTuple):
+    """A run that can go on: its failed rows, and the units that it lacks, None if it is complete."""
+
+    run: str
+    failed: "Failed"
+    lacking: int | None
+
+
 @with_execution("approve_above_hours")
 def resume(
     store: Store,
@@ -32,16 +40,11 @@ def resume(
     verbose: Verbose = False,
 ) -> None:
     """Go on with a build or a leakage gate that was interrupted, as its record says; what is done stays."""
-    from negfacediff_core.store.status import check_store, unfinished
-
-    check_store(store)
-    if run is None:
-        open_runs = unfinished(store)
-        if not open_runs:
-            print(f"Every run in {store} is complete.")
-            return
-        run = _only("resume", store, {name: _state({}, units) for name, units in open_runs.items()})
-    checked(store, run, execution, verbose)()
+    found = find_open(store, run)
+    if found is None:
+        print(complete_text(store))
+        return
+    _go_on(store, recorded(store, found.run, execution), execution, verbose)
 
 
 @with_execution("approve_above_hours")
@@ -55,7 +58,43 @@ def retry_failed(
 
     Images without a face have not failed. What failed for a lasting reason fails in the same way again.
     """
-    from negfacediff_core.store.repair import forget_units
+    found = find_failed(store, run)
+    if found is None:
+        print(f"No unit has failed rows. {complete_text(store)}")
+        return
+    made_by = recorded(store, found.run, execution)
+    for sentence in forget_failed(store, found):
+        print(sentence)
+    _go_on(store, made_by, execution, verbose)
+
+
+def complete_text(store: str) -> str:
+    """Say that there is nothing to go on with."""
+    return f"Every run in {store} is complete."
+
+
+def find_open(store: str, run: str | None) -> Resumption | None:
+    """Return the run that was interrupted, the only one unless it is named; None if there is none.
+
+    Raises StoreError if there are several, naming the command for each, or there is no such store.
+    """
+    from negfacediff_core.store.status import check_store, unfinished
+
+    check_store(store)
+    if run is not None:
+        return Resumption(run, {}, None)
+    open_runs = unfinished(store)
+    if not open_runs:
+        return None
+    run = _only("resume", store, {name: _state({}, units) for name, units in open_runs.items()})
+    return Resumption(run, {}, open_runs[run])
+
+
+def find_failed(store: str, run: str | None) -> Resumption | None:
+    """Return the run that was interrupted or has failed rows, the only one unless it is named; None likewise.
+
+    Raises StoreError as `find_open`, and if there is no such run.
+    """
     from negfacediff_core.store.runs import check_run, read_runs
     from negfacediff_core.store.status import check_store, unfinished
 
@@ -67,33 +106,39 @@ def retry_failed(
     lacking = unfinished(store)
     if run is None:
         if not failed and not lacking:
-            print(f"No unit has failed rows. Every run in {store} is complete.")
-            return
+            return None
         candidates = {
             name: _state(failed.get(name, {}), lacking.get(name)) for name in sorted({*failed, *lacking})
         }
         run = _only("retry-failed", store, candidates)
-    finish = checked(store, run, execution, verbose)
-    retried = failed.get(run, {})
-    derived = forget_units(store, {path: set(counts) for path, counts in retried.items()})
-    if run in lacking:
-        print(f"Missing: {count_text(lacking[run], 'unit')}.")
-    if retried or run not in lacking:
+    return Resumption(run, failed.get(run, {}), lacking.get(run))
+
+
+def forget_failed(store: str, found: Resumption) -> list[str]:
+    """Make the units with failed rows, and what was made from them, pending; say what is to be made."""
+    from negfacediff_core.store.repair import forget_units
+    from negfacediff_core.store.status import unfinished
+
+    derived = forget_units(store, {path: set(counts) for path, counts in found.failed.items()})
+    said = []
+    if found.lacking is not None:
+        said.append(f"Missing: {count_text(found.lacking, 'unit')}.")
+    if found.failed or found.lacking is None:
         besides = count_text(sum(map(len, derived.values())), "unit")
-        print(f"Pending again: {_rows_text(retried)}, and {besides} made from them.")
-    others = [command_text("resume", store, name) for name in unfinished(store) if name != run]
+        said.append(f"Pending again: {_rows_text(found.failed)}, and {besides} made from them.")
+    others = [command_text("resume", store, name) for name in unfinished(store) if name != found.run]
     if others:
-        print("Other runs are not complete; afterwards: " + "; ".join(others))
-    finish()
+        said.append("Other runs are not complete; afterwards: " + "; ".join(others))
+    return said
 
 
-def checked(store: str, run: str, execution: ExecutionConfig, verbose: bool) -> Callable[[], None]:
-    """Check that a run can go on as its record says, and return what brings it to its end.
+def recorded(store: str, run: str, execution: ExecutionConfig) -> "GateRecord | BuildConfig":
+    """Return the build or the leakage gate that made a run, checked so that it can go on.
 
     Raises StoreError if there is no such run, or if it would now make another dataset, and as the build or
     the gate does that made it.
     """
-    from flows.leakage import gate_in, on_cpu, read_gate, stages_of_gate
+    from flows.leakage import on_cpu, read_gate, stages_of_gate
     from negfacediff_core.stages import plan_build
     from negfacediff_core.store.runs import check_run
     from tasks.executors import check_available
@@ -102,12 +147,24 @@ def checked(store: str, run: str, execution: ExecutionConfig, verbose: bool) -> 
     gate = read_gate(store, run)
     if gate is not None:
         check_available(on_cpu(execution))
-        _check_same(stages_of_gate(store, run, gate), store, run, "leakage")
-        return partial(gate_in, store, gate.run, gate.settings, on_cpu(execution), verbose)
+        check_same(stages_of_gate(store, run, gate), store, run, "leakage")
+        return gate
     build = build_of(store, run)
     check_available(execution, build.samples.precision)
-    _check_same(plan_build(build, store), store, run, "build")
-    return partial(build_in, store, build, execution, verbose)
+    check_same(plan_build(build, store), store, run, "build")
+    return build
+
+
+def _go_on(
+    store: str, made_by: "GateRecord | BuildConfig", execution: ExecutionConfig, verbose: bool
+) -> None:
+    """Bring a run to its end with what made it."""
+    from flows.leakage import GateRecord, gate_in, on_cpu
+
+    if isinstance(made_by, GateRecord):
+        gate_in(store, made_by.run, made_by.settings, on_cpu(execution), verbose)
+    else:
+        build_in(store, made_by, execution, verbose)
 
 
 def build_of(store: str, run: str) -> "BuildConfig":
@@ -127,7 +184,7 @@ def build_of(store: str, run: str) -> "BuildConfig":
     return check_build(record["config"], f"the run {run} in {store}")
 
 
-def _check_same(specs: "Iterable[StageSpec]", store: str, run: str, command: str) -> None:
+def check_same(specs: "Iterable[StageSpec]", store: str, run: str, command: str) -> None:
     """Raise StoreError if the planned stages of a run are not where its record says.
 
     Weights that were exchanged, or a newer version of the code, move a stage to another place.

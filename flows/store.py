@@ -1,20 +1,19 @@
 """Commands that look after a store: verify, resume, retry-failed, gc and logs."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.examination import NO_DAMAGE, by_units, damage_text, examine, leftovers_text, mend
 from flows.resume import Store, resume, retry_failed
-from flows.words import command_text, count_text, names_text, size_text
+from flows.words import command_text, names_text, size_text
 from negfacediff_core.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from negfacediff_core.store.layout import StageSpec, Unit
-    from negfacediff_core.store.repair import Repair
     from negfacediff_core.store.verify import Finding
 
 # Exit code of `verify` where damage was found; bad input has another.
@@ -39,32 +38,19 @@ def verify(
     Repairing removes completion records, so that the next build makes those units again; stop builds first.
     """
     from flows.progress import CallbackBar
-    from negfacediff_core.store.status import check_store
-    from negfacediff_core.store.verify import Kind, check_units, survey
 
     share = _share(sample)
-    check_store(store)
-    begun = time.monotonic()
-    found = survey(store, run, share, seed)
-    findings = list(found.findings)
     with CallbackBar("verify", "MB") as bar:
-        findings += check_units(found.units, workers, lambda done, size: bar(*_megabytes(done, size)))
-    checked = sum(stored.size for stored in found.units)
-    seconds = max(time.monotonic() - begun, 1e-3)
-    print(
-        f"Checked {count_text(len(found.units), 'unit')}, {size_text(checked)}, in {seconds:.1f} s "
-        f"({size_text(round(checked / seconds))}/s)."
-    )
-    leftovers = [finding for finding in findings if finding.kind is Kind.TEMPORARY]
-    damage = [finding for finding in findings if finding.kind is not Kind.TEMPORARY]
-    if leftovers:
-        print(f"{count_text(len(leftovers), 'file')} that killed writers left: {command_text('gc', store)}")
-    if not damage:
-        print("No damage was found.")
+        checked = examine(store, run, share, seed, workers, bar)
+    print(checked.text)
+    if checked.leftovers:
+        print(f"{leftovers_text(checked)}: {command_text('gc', store)}")
+    if not checked.damage:
+        print(NO_DAMAGE)
         return
-    _print_findings(damage)
+    _print_findings(checked.damage)
     if repair:
-        _repair(store, damage)
+        _repair(store, checked.damage)
     else:
         print(f"To make what is damaged again: {command_text('verify', store, '--repair')}")
     raise typer.Exit(DAMAGED)
@@ -165,11 +151,8 @@ def _share(text: str) -> float:
 
 def _print_findings(findings: Sequence["Finding"]) -> None:
     """List damage by unit."""
-    by_unit: dict[tuple[str, str], list[Finding]] = {}
-    for finding in findings:
-        by_unit.setdefault((finding.stage, finding.unit.name if finding.unit else ""), []).append(finding)
-    units = sum(bool(unit) for _, unit in by_unit)
-    print(f"Damage: {count_text(len(findings), 'file')}, of {count_text(units, 'committed unit')}.")
+    by_unit = by_units(findings)
+    print(damage_text(findings))
     for (stage, unit), found in by_unit.items():
         print(f"  {stage} {unit}".rstrip() if stage else "  the store")
         for finding in found:
@@ -177,42 +160,8 @@ def _print_findings(findings: Sequence["Finding"]) -> None:
 
 
 def _repair(store: str, findings: Iterable["Finding"]) -> None:
-    """Repair, and say what was done and what comes next."""
-    from negfacediff_core.store.repair import repair
-    from negfacediff_core.store.status import unfinished
-
-    done = repair(store, findings)
-    if done.damaged:
-        print(f"Pending again: {_total(done.damaged)}, and {_total(done.derived)} made from them.")
-    _print_mended(done)
-    try:
-        lacking = list(unfinished(store))
-    except StoreError:  # a record that cannot be read, which is listed above
-        lacking = []
-    commands = [command_text("resume", store, name) for name in lacking]
-    if commands:
-        print("To make again what is missing:")
-        for command in commands:
-            print(f"  {command}")
-    if done.left or any(path.endswith("stage.json") for path in done.files):
-        print(f"Then look again: {command_text('verify', store, '--repair')}")
-
-
-def _print_mended(done: "Repair") -> None:
-    from negfacediff_core.store.verify import Kind
-
-    for path in done.files:
-        removed = path.endswith("stage.json")
-        print(f"{'Removed' if removed else 'Written again'}: {path}")
-    advice = {
-        Kind.RUN: "build that dataset again, with its preset or file, and the record is written again",
-        Kind.STAGE: "the next build of a run that names it writes it again; if none does, remove its folder",
-        Kind.UNREADABLE: "it was left as it is; mend what keeps it from being read",
-        Kind.UNIT: "it waits until every stage.json is back",
-        Kind.ARRAYS: "it waits until everything else that describes its stage can be read",
-    }
-    for finding in done.left:
-        print(f"Not mended: {finding.path}: {advice[finding.kind]}")
+    for sentence in mend(store, findings):
+        print(sentence)
 
 
 def _print_unit(spec: "StageSpec", unit: "Unit") -> None:
@@ -244,19 +193,9 @@ def _print_unit(spec: "StageSpec", unit: "Unit") -> None:
         print("  no failure was logged")
 
 
-def _total(units: Mapping[str, Any]) -> str:
-    return count_text(sum(map(len, units.values())), "unit")
-
-
 def _harmless(line: str) -> str:
     """Write out what a terminal would obey: whatever a log holds, it is only shown."""
     return "".join(
         char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode()
         for char in line
     )
-
-
-def _megabytes(done: int, size: int) -> tuple[int, int]:
-    """Return bytes done and in all as whole megabytes for a bar; only the last byte fills the last one."""
-    total = -(-size // 1_000_000)
-    return (total if done == size else done // 1_000_000), total

@@ -1,0 +1,44 @@
+"""The flow `evaluate`: the images of a finished run get figures by other settings, or by another judge."""
+
+from typing import Any, cast
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, build_dataset
+from flows.form import STORE, MaybeName, Name
+from flows.growth import evaluated
+from negfacediff_core.config import EvaluationConfig, ExecutionConfig
+
+DEFAULT_EVALUATION = EvaluationConfig()
+
+
+@flow(
+    name="evaluate",
+    flow_run_name="{run}",
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+)
+def evaluate(
+    run: Name,
+    evaluation: EvaluationConfig = DEFAULT_EVALUATION,
+    judge: str = "",
+    name: MaybeName = "",
+    execution: ExecutionConfig = DEFAULT_EXECUTION,
+    store: str = STORE,
+) -> dict[str, Any]:
+    """Compute the figures of a finished run anew; its images stay, and so do its own figures.
+
+    Returns and raises as `build_dataset`; besides, StoreError if there is no such run, it is not finished or
+    its weights are others now, ConfigError if the name is that of other images.
+
+    Args:
+        run: Name of the run in the store.
+        evaluation: The settings of the new figures.
+        judge: insightface model pack with the recogniser that judges. Empty: that of the run.
+        name: Name of the run that the new figures belong to; the run's own name replaces its figures. Empty:
+            the run's name and ".evaluated".
+        execution: How it runs; nothing here changes a figure.
+        store: The store.
+    """
+    return build_dataset.fn(evaluated(store, run, evaluation.model_dump(), judge, name), execution, store)
