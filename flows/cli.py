@@ -7,8 +7,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.automations import automations
 from flows.command import (
     DEFAULTS,
+    Changes,
+    Preset,
     Verbose,
     build_in,
     check,
@@ -18,11 +21,15 @@ from flows.command import (
     with_execution,
 )
 from flows.contexts import contexts
+from flows.export_command import export
+from flows.growing import evaluate, grow
 from flows.leakage import leakage
 from flows.pack import app as pack_app
 from flows.plan import plan
+from flows.serve import serve
 from flows.store import COMMANDS
 from flows.weights import app as weights_app
+from flows.whose import whose
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError
 
@@ -48,7 +55,7 @@ app = typer.Typer(
 )
 @with_execution()
 def build(
-    preset: Annotated[str, typer.Argument(help="A preset (see negfacediff presets) or a YAML file.")],
+    preset: Preset,
     store: Annotated[
         str,
         typer.Option(
@@ -56,12 +63,7 @@ def build(
             "pip install 'negfacediff\\[s3]'."
         ),
     ] = "store",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change one field; may be repeated (see negfacediff fields)."
-        ),
-    ] = None,
+    set_: Changes = None,
     execution: ExecutionConfig = DEFAULTS,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Approve it, however long it takes.")] = False,
     verbose: Verbose = False,
@@ -194,7 +196,10 @@ def compare(
     print_places(report=f"{out}/report.html", figures=f"{out}/report.json", pictures=f"{out}/*.png, *.svg")
 
 
-@app.command(epilog="Example: negfacediff sweep steps --store sweeps --out sweeps/steps --workers 2")
+@app.command(
+    epilog="Example: negfacediff sweep steps --store sweeps --out sweeps/steps --workers 2\n\n"
+    "How to write a sweep of one's own: docs/sweeps.md"
+)
 @with_execution("approve_above_hours")
 def sweep(
     name: Annotated[str, typer.Argument(help="A sweep (steps, ablation) or a YAML file.")],
@@ -220,6 +225,17 @@ def sweep(
 
 
 # Behind the commands above, which people need first.
+app.command(epilog="Examples:\n\nnegfacediff serve --store out\n\nnegfacediff serve --port 4300 --no-open")(
+    serve
+)
+app.command(
+    epilog="Examples:\n\nnegfacediff grow out demo --identities +100\n\n"
+    "negfacediff grow out demo --images +10 --executor dask"
+)(grow)
+app.command(
+    epilog="Examples:\n\nnegfacediff evaluate out demo --bootstrap 1000\n\n"
+    "negfacediff evaluate out demo --judge packs/other --name demo-other-judge"
+)(evaluate)
 app.command(
     epilog="Examples:\n\nnegfacediff plan demo --store out\n\n"
     "negfacediff plan negfacediff --set samples.precision=bf16 --device h100"
@@ -230,6 +246,17 @@ app.command(
     "negfacediff leakage out demo --gallery training_images --recogniser packs/one --recogniser packs/two "
     "--policy drop"
 )(leakage)
+app.command(
+    epilog="Examples:\n\nnegfacediff export out demo --out exported\n\n"
+    "negfacediff export out faces --out train --format rec --identities 10000 --images-per-identity 50 "
+    "--refill"
+)(export)
+app.command(epilog="Example: negfacediff whose face.jpg out")(whose)
+app.command(
+    epilog="Examples:\n\nnegfacediff automations\n\nnegfacediff automations mark-crashed resume-crashed\n\n"
+    "negfacediff automations notify --block slack-webhook/team\n\n"
+    "negfacediff automations resume-crashed --remove"
+)(automations)
 for _name, _command in COMMANDS.items():
     app.command(_name, epilog=_command.epilog)(_command.run)
 app.add_typer(weights_app, name="weights")

@@ -1,0 +1,104 @@
+"""What one asks of an export: which images of a run, and how they are written."""
+
+from enum import StrEnum
+
+from pydantic import Field, model_validator
+
+from negfacediff_core.config import Model
+
+
+class ExportFormat(StrEnum):
+    """What a dataset is written as: by whom it is read stands in docs/export.md."""
+
+    imagefolder = "imagefolder"
+    rec = "rec"
+    webdataset = "webdataset"
+    huggingface = "huggingface"
+
+
+class ExportImages(StrEnum):
+    """`aligned` are the 112x112 crops, `raw` the images as the generator made them."""
+
+    aligned = "aligned"
+    raw = "raw"
+
+
+class Encoding(StrEnum):
+    """`png` loses nothing; `jpeg` is a quarter of the size."""
+
+    png = "png"
+    jpeg = "jpeg"
+
+
+class RecordVariant(StrEnum):
+    """`header`: identities' records follow the images'. `headerless`: images alone, as NVIDIA DALI reads."""
+
+    header = "header"
+    headerless = "headerless"
+
+
+class ImageStatus(StrEnum):
+    """`ok`; `no_face`: the detector found none; `out_of_band`: left out by the band of the build."""
+
+    ok = "ok"
+    no_face = "no_face"
+    out_of_band = "out_of_band"
+
+
+class ExportConfig(Model):
+    """Which images of a run are exported, and how they are written."""
+
+    format: ExportFormat = Field(default=ExportFormat.imagefolder, description="What it is written as.")
+    images: ExportImages = Field(
+        default=ExportImages.aligned, description="aligned: 112x112 crops. raw: as they were generated."
+    )
+    encoding: Encoding = Field(default=Encoding.png, description="png loses nothing; jpeg is smaller.")
+    quality: int = Field(
+        default=95, ge=1, le=100, description="Quality of JPEG; colour is kept whole (4:4:4)."
+    )
+    variant: RecordVariant = Field(
+        default=RecordVariant.header,
+        description="Of the format rec. header: insightface and AdaFace. headerless: insightface, NVIDIA "
+        "DALI and CVLface.",
+    )
+    status: tuple[ImageStatus, ...] = Field(
+        default=(ImageStatus.ok,), min_length=1, description="Images of which status are taken."
+    )
+    min_quality: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="Lowest quality: of the quality network, or without one the norm of the judge's "
+        "embedding. None: any.",
+    )
+    min_cosine: float = Field(
+        default=-1.0, ge=-1, le=1, description="Lowest cosine of an image to the context of its identity."
+    )
+    max_cosine: float = Field(default=1.0, ge=-1, le=1, description="Highest cosine to it.")
+    min_images: int = Field(
+        default=1, ge=1, le=10_000, description="Identities with fewer images than this are left out."
+    )
+    images_per_identity: int = Field(
+        default=0, ge=0, le=10_000, description="Take exactly so many images of each identity. 0: all."
+    )
+    identities: int = Field(
+        default=0, ge=0, le=10_000_000, description="Take exactly so many identities. 0: all that qualify."
+    )
+
+    @property
+    def banded(self) -> bool:
+        """Whether images are chosen by their similarity to their context."""
+        return self.min_cosine > -1 or self.max_cosine < 1
+
+    @model_validator(mode="after")
+    def _selection_makes_sense(self) -> "ExportConfig":
+        if self.min_cosine > self.max_cosine:
+            raise ValueError(
+                f"min_cosine is {self.min_cosine} and max_cosine {self.max_cosine}: no image is in that "
+                "band; swap them, or leave them at -1 and 1"
+            )
+        if ImageStatus.no_face in self.status and self.images == ExportImages.aligned:
+            raise ValueError(
+                "images without a face (status no_face) have no aligned crop: export the raw images, or "
+                "leave that status out"
+            )
+        return self

@@ -1,0 +1,412 @@
+"""Exports of a small store: what is in them, who reads them, and what survives an interruption."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from stage_builds import make
+
+from flows import export as flow
+from flows.cli import main
+from negfacediff_core.errors import ConfigError, DamagedError, StoreError
+from negfacediff_core.export import draft
+from negfacediff_core.export.images import DIGITAL_SOURCE
+from negfacediff_core.export.manifest import check_manifest
+from negfacediff_core.export.read_recordio import read_set
+from negfacediff_core.export.settings import ExportConfig
+from negfacediff_core.store.extents import read_array, read_column
+from negfacediff_core.store.records import forget
+from negfacediff_core.store.runs import read_run, stages_of_run, write_run
+
+ONE = flow.DEFAULT_EXECUTION.model_copy(update={"workers": 1})
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """Tests end before the power fails, and other programs' files are not theirs to wait for."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_build, tmp_path_factory):
+    """A finished run of 5 identities x 3 images, of which some show no face."""
+    store = tmp_path_factory.mktemp("export") / "store"
+    make(tiny_build, store)
+    record = read_run(str(store), "tiny")
+    write_run(str(store), "tiny", {**record, "config": tiny_build.model_dump(mode="json"), "seconds": 1.0})
+    return store
+
+
+@pytest.fixture(scope="module")
+def usable(store):
+    """Which images of the run are ok `(5, 3)`; some identities have several, and some images are not."""
+    usable = read_column(stages_of_run(str(store), "tiny")["embeddings"], "status", 5, 3) == "ok"
+    assert 0 < usable.sum() < usable.size and usable.sum(axis=1).max() >= 2
+    return usable
+
+
+def export(store, out, **asked):
+    """Export in this process, without Prefect around it."""
+    return flow.export_dataset.fn("tiny", str(out), ExportConfig(**asked), execution=ONE, store=str(store))
+
+
+def contents(folder):
+    """All files of a folder by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def labels_of(folder):
+    """The rows of labels.csv."""
+    return list(csv.DictReader(io.StringIO((folder / "labels.csv").read_text())))
+
+
+def decoded(data):
+    """Pixels of an encoded image."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_a_folder_of_images_holds_the_crops_that_are_ok(store, usable, tmp_path):
+    result = export(store, tmp_path / "out")
+    crops = read_array(stages_of_run(str(store), "tiny")["aligned"], "image", 5, 3)
+    rows = labels_of(tmp_path / "out")
+    assert [[int(row["identity"]), int(row["replicate"])] for row in rows] == np.argwhere(usable).tolist()
+    for row in rows:
+        image = decoded((tmp_path / "out" / row["path"]).read_bytes())
+        assert (image == crops[int(row["identity"]), int(row["replicate"])]).all()
+    folders = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    assert [folders.index(row["path"].split("/")[1]) for row in rows] == [int(row["label"]) for row in rows]
+    assert (tmp_path / "out" / "list.txt").read_text().split("\n")[0] == (
+        f"{rows[0]['path'].removeprefix('images/')} 0"
+    )
+    assert (result["images"], result["identities"]) == (len(rows), len(folders))
+    assert list(check_manifest(tmp_path / "out")) == []
+    (tmp_path / "out" / rows[0]["path"]).write_bytes(b"")
+    (tmp_path / "out" / "more").write_bytes(b"")
+    said = list(check_manifest(tmp_path / "out"))
+    assert said == [f"{rows[0]['path']} is not what was exported", "more is no part of the export"]
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+def test_every_image_says_that_a_network_made_it(store, tmp_path, encoding):
+    export(store, tmp_path / "out", encoding=encoding, quality=90)
+    for path in (tmp_path / "out" / "images").rglob("*.*"):
+        image = Image.open(path)
+        packet = image.info["xmp" if encoding == "jpeg" else "XML:com.adobe.xmp"]
+        packet = packet.decode() if isinstance(packet, bytes) else packet
+        tree = ElementTree.fromstring(packet.split("?>", 1)[1].rsplit("<?", 1)[0])
+        (description,) = tree.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+        assert description.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"] == (
+            DIGITAL_SOURCE
+        )
+        assert image.format == encoding.upper() and image.size == (112, 112)
+
+
+@pytest.mark.parametrize("variant", ["header", "headerless"])
+def test_records_hold_the_same_images(store, usable, tmp_path, variant):
+    export(store, tmp_path / "out", format="rec", variant=variant)
+    crops = read_array(stages_of_run(str(store), "tiny")["aligned"], "image", 5, 3)
+    found = read_set(tmp_path / "out")
+    assert len(found.images) == usable.sum() and found.classes == usable.any(axis=1).sum()
+    for record, row, crop in zip(found.images, labels_of(tmp_path / "out"), crops[usable], strict=True):
+        assert (decoded(record.image) == crop).all()
+        assert record.labels == (float(row["label"]),) and record.key == int(row["key"])
+
+
+def test_webdataset_reads_the_shards(store, usable, tmp_path, monkeypatch):
+    monkeypatch.setattr("negfacediff_core.export.webdataset.SHARD_PIXELS", 2 * 112 * 112 * 3)
+    monkeypatch.setitem(flow.FORMATS, "webdataset", flow.FORMATS["webdataset"]._replace(piece=1))
+    export(store, tmp_path / "out", format="webdataset")
+    shards = sorted(map(str, (tmp_path / "out").glob("shard-*.tar")))
+    assert len(shards) > 1
+    read = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    crops = read_array(stages_of_run(str(store), "tiny")["aligned"], "image", 5, 3)[usable]
+    rows = labels_of(tmp_path / "out")
+    assert [sample["__key__"] for sample in read] == [row["key"] for row in rows]
+    for sample, crop, row in zip(read, crops, rows, strict=True):
+        assert (sample["png"] == crop).all() and sample["cls"] == int(row["label"])
+        assert sample["json"]["identity"] == int(row["identity"])
+        assert sample["json"]["norm"] == pytest.approx(float(row["norm"]), rel=1e-4)
+
+
+@pytest.mark.slow  # the import of `datasets` takes seconds
+@pytest.mark.parametrize("form", ["huggingface", "imagefolder"])
+def test_datasets_loads_the_folder_offline(store, usable, tmp_path, form):
+    export(store, tmp_path / "out", format=form)
+    script = (
+        "import datasets, json, sys, numpy\n"
+        "train = datasets.load_dataset(sys.argv[1], split='train', cache_dir=sys.argv[2])\n"
+        "names = train.features['label'].names\n"
+        "print(json.dumps([[int(numpy.asarray(row['image'].convert('RGB'), dtype=int).sum()), row['label'], "
+        "names[row['label']]] for row in train]))\n"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "out", tmp_path / "cache"],
+        env=offline,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    crops = read_array(stages_of_run(str(store), "tiny")["aligned"], "image", 5, 3)[usable]
+    rows = labels_of(tmp_path / "out")
+    expected = [
+        [int(crop.sum()), int(row["label"]), f"{int(row['identity']):07d}"]
+        for crop, row in zip(crops, rows, strict=True)
+    ]
+    assert json.loads(found.stdout.splitlines()[-1]) == expected
+
+
+def test_raw_images_are_those_of_the_generator(store, tmp_path):
+    export(store, tmp_path / "out", images="raw", status=("ok", "no_face"))
+    samples = read_array(stages_of_run(str(store), "tiny")["samples"], "image", 5, 3)
+    rows = labels_of(tmp_path / "out")
+    assert len(rows) == 15 and rows[0]["detection_score"] != ""
+    for row in rows:
+        image = decoded((tmp_path / "out" / row["path"]).read_bytes())
+        assert (image == samples[int(row["identity"]), int(row["replicate"])]).all()
+
+
+def test_images_are_chosen_by_quality_and_number(store, usable, tmp_path):
+    norms = read_column(stages_of_run(str(store), "tiny")["embeddings"], "norm", 5, 3)
+    least = float(np.median(norms[usable]))
+    export(store, tmp_path / "quality", min_quality=least)
+    kept = [(int(row["identity"]), int(row["replicate"])) for row in labels_of(tmp_path / "quality")]
+    assert kept == [tuple(place) for place in np.argwhere(usable & (norms >= least)).tolist()]
+    enough = np.flatnonzero(usable.sum(axis=1) >= 2)
+    result = export(store, tmp_path / "two", images_per_identity=2, identities=1)
+    rows = labels_of(tmp_path / "two")
+    assert [int(row["identity"]) for row in rows] == [enough[0]] * 2
+    assert [int(row["replicate"]) for row in rows] == np.flatnonzero(usable[enough[0]])[:2].tolist()
+    assert result["short"] == 5 - len(enough)
+
+
+def test_too_few_images_are_refused_with_what_lacks(store, usable, tmp_path):
+    counts = usable.sum(axis=1)
+    lacking = int((3 - counts[counts < 3]).sum())
+    with pytest.raises(
+        ConfigError, match=rf"5 identities with 3 usable images .* {lacking} images? in all"
+    ) as raised:
+        export(store, tmp_path / "out", images_per_identity=3, identities=5)
+    assert "--refill" in str(raised.value)
+    with pytest.raises(ConfigError, match="at least one identity"):
+        export(store, tmp_path / "out", min_quality=1e9)
+    with pytest.raises(ConfigError, match="build it with embeddings"):
+        export(store, tmp_path / "out", min_cosine=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_not_finished_is_refused(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    aligned = stages_of_run(str(tmp_path / "store"), "tiny")["aligned"]
+    forget(aligned, aligned.grid.units()[0])
+    with pytest.raises(StoreError, match=r"1 units of the run tiny are missing.*resume"):
+        export(tmp_path / "store", tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "rec", "webdataset", "huggingface"])
+def test_an_export_that_was_cut_short_goes_on(store, tmp_path, monkeypatch, form):
+    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
+    monkeypatch.setattr(flow, "CHECKPOINT", 0.0)
+    export(store, tmp_path / "whole", format=form)
+    whole = contents(tmp_path / "whole")
+    written, made = flow.written_pieces, []
+
+    def dying(*arguments):
+        # each run writes one piece, notes it, and dies in the midst of the next
+        return written_until(written, made, *arguments)
+
+    monkeypatch.setattr(flow, "written_pieces", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            export(store, tmp_path / "out", format=form)
+        assert not (tmp_path / "out").exists()
+        for path in (tmp_path / "out.partial").glob("*.*"):
+            if path.suffix in (".rec", ".tar", ".csv"):
+                path.write_bytes(path.read_bytes() + b"torn")
+    monkeypatch.setattr(flow, "written_pieces", written)
+    export(store, tmp_path / "out", format=form)
+    assert contents(tmp_path / "out") == whole
+    assert made == [0, 1] and not (tmp_path / "out.partial").exists()
+
+
+def written_until(written, made, job, folder, workers, pieces):
+    """As `written_pieces`, but die before the second piece."""
+
+    @contextmanager
+    def first_alone():
+        with written(job, folder, workers, pieces) as results:
+
+            def until():
+                made.append(pieces[0].number)
+                yield next(iter(results))
+                raise KeyboardInterrupt
+
+            yield until()
+
+    return first_alone()
+
+
+def test_the_same_again_does_nothing_and_another_is_refused(store, tmp_path, monkeypatch):
+    export(store, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(flow, "written_pieces", None)
+    export(store, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(ConfigError, match="is there already"):
+        export(store, tmp_path / "out", encoding="jpeg")
+
+
+def test_the_beginning_of_another_export_is_left_alone(store, tmp_path):
+    with draft.draft(tmp_path / "out", "another") as begun:
+        begun.append({"labels.csv": b"a"}, [])
+        begun.checkpoint()
+    with pytest.raises(ConfigError, match="beginning of another export"):
+        export(store, tmp_path / "out")
+    with draft.draft(tmp_path / "out", "another") as begun:
+        assert begun.pieces == 1
+        with (
+            pytest.raises(StoreError, match="another process is writing"),
+            draft.draft(tmp_path / "out", "another"),
+        ):
+            pass
+    (tmp_path / "out.partial" / ".state.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged: remove"), draft.draft(tmp_path / "out", "another"):
+        pass
+
+
+def test_a_disk_that_forgets_is_noticed(store, tmp_path, monkeypatch):
+    finish = flow.FORMATS["rec"].finish
+
+    def forgetting(folder, layout):
+        finish(folder, layout)
+        content = bytearray((folder / "labels.csv").read_bytes())
+        content[40] ^= 1
+        (folder / "labels.csv").write_bytes(content)
+
+    monkeypatch.setitem(flow.FORMATS, "rec", flow.FORMATS["rec"]._replace(finish=forgetting))
+    with pytest.raises(DamagedError, match=r"labels.csv does not hold what was written"):
+        export(store, tmp_path / "out", format="rec")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_a_gate_kept_is_exported_as_any_other(store, usable, tmp_path):
+    record = read_run(str(store), "tiny")
+    settings = {"gallery": "gallery", "policy": "drop", "fmr": 0.001}
+    write_run(
+        str(store),
+        "tiny.kept",
+        {"stages": record["stages"], "gate": {"run": "tiny", "settings": settings}, "versions": {}},
+    )
+    result = flow.export_dataset.fn("tiny.kept", str(tmp_path / "out"), execution=ONE, store=str(store))
+    assert result["images"] == usable.sum()
+    assert "A leakage gate took out" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_a_killed_export_goes_on_and_leaves_no_process(store, tmp_path):
+    script = "\n".join(
+        (
+            "import sys",
+            "from flows import export as flow",
+            "from negfacediff_core.export.settings import ExportConfig",
+            "if __name__ == '__main__':",
+            "    flow.FORMATS['rec'] = flow.FORMATS['rec']._replace(piece=1)",
+            "    flow.CHECKPOINT = 0.0",
+            "    two = flow.DEFAULT_EXECUTION.model_copy(update={'workers': 2})",
+            "    settings = ExportConfig(format='rec')",
+            "    flow.export_dataset.fn('tiny', sys.argv[2], settings, execution=two, store=sys.argv[1])",
+        )
+    )
+    command = [sys.executable, "-c", script, str(store)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    process = subprocess.Popen([*command, str(tmp_path / "out")], start_new_session=True)
+    while not (tmp_path / "out.partial" / "train.rec").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(process.pid)
+    subprocess.run([*command, str(tmp_path / "out")], check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def _alive(session):
+    """Whether a process of the session still runs."""
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_refill_grows_the_run_until_there_are_enough(store, usable, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    result = flow.export_dataset(
+        "tiny",
+        str(tmp_path / "out"),
+        ExportConfig(identities=6, images_per_identity=2),
+        refill=True,
+        execution=ONE,
+        store=str(tmp_path / "store"),
+    )
+    rows = labels_of(tmp_path / "out")
+    assert (result["images"], result["identities"]) == (12, 6)
+    assert [int(row["label"]) for row in rows] == np.repeat(range(6), 2).tolist()
+    enough = np.flatnonzero(usable.sum(axis=1) >= 2)
+    # what there was comes first, and is what it was
+    assert [int(row["identity"]) for row in rows][: 2 * len(enough) : 2] == enough.tolist()
+    after = contents(tmp_path / "store")
+    assert all(after[path] == data for path, data in before.items() if "/done/" in path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_server")
+def test_the_command_says_what_it_wrote_and_what_was_left_out(store, usable, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "export",
+                str(store),
+                "tiny",
+                "--out",
+                str(tmp_path / "out"),
+                "--min-images",
+                "2",
+                "--workers",
+                "1",
+            ]
+        )
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    short = int((usable.sum(axis=1) < 2).sum())
+    assert f"Left out: {short} identities with fewer than 2 usable images" in said
+    assert "Licence: Not determined. Do not publish" in said and f"{tmp_path / 'out'}/README.md" in said
+    for options, wrong in (
+        (["--out", "s3://bucket/out"], "no local folder"),
+        (["--out", str(tmp_path / "new"), "--status", "no_face"], "have no aligned crop"),
+        (
+            ["--out", str(tmp_path / "new"), "--min-cosine", "0.5", "--max-cosine", "0.1"],
+            "no image is in that",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["export", str(store), "tiny", *options])
+        assert stop.value.code == 2 and wrong in capsys.readouterr().err
