@@ -1,17 +1,18 @@
 """All scores of a large set against the plain form: time, the arithmetic floor, memory, and exactness.
 
-    OMP_NUM_THREADS=1 python benchmarks/scores.py [--images 50000]
+    OMP_NUM_THREADS=1 python benchmarks/scores.py [--images 50000] [--device cuda]
 
 A slice of a set of 500,000 embeddings is timed, one band against a part of another, since a pair costs the
 same whichever it is; then all pairs of a smaller set are counted, band by band, as two workers would share
-them. Exits with 1 where a target is missed.
+them. With --device cuda the scores are made on a GPU, and timed by the clock instead of as processor time;
+the plain form and the product alone stay on the CPU. Exits with 1 where a target is missed.
 """
 
 import argparse
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,13 @@ def plain(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.i
     return counts
 
 
-def time_slice() -> dict[str, Any]:
-    """Nanoseconds of processor time a pair, here and in the plain form, and those of the product alone."""
+def time_slice(device: str) -> dict[str, Any]:
+    """Nanoseconds a pair, here and in the plain form, and those of the product alone."""
     per_band = BAND_IMAGES // EACH
     own, other = faces(range(per_band)), faces(range(per_band, 2 * per_band))
     part = Images(other.embeddings[:SLICE], other.identity[:SLICE])
-    both = best_seconds(lambda: score_band(own, [part]), 2)
-    alone = best_seconds(lambda: score_band(own, ()), 2)
+    both = best_seconds(lambda: score_band(own, [part], device=device), 2, clock_of(device))
+    alone = best_seconds(lambda: score_band(own, (), device=device), 2, clock_of(device))
     pairs = len(own.identity) * len(part.identity)
     units = [
         images.embeddings / np.linalg.norm(images.embeddings, axis=1, keepdims=True) for images in (own, part)
@@ -82,18 +83,28 @@ def time_slice() -> dict[str, Any]:
         "product_gflops": rate / 1e9,
         "floor_ns_per_pair": 1e9 * 2 * WIDTH / rate,
         "seconds_of_a_band_with_itself": alone,
-        "minutes_for_all": _minutes(here, alone),
-        "minutes_for_all_of_the_plain_form": _minutes(looped, 0.0),
+        "minutes_for_all": _minutes(here, alone, workers_on(device)),
+        "minutes_for_all_of_the_plain_form": _minutes(looped, 0.0, WORKERS),
     }
 
 
-def _minutes(seconds_a_pair: float, seconds_a_band: float) -> float:
-    """Time of all pairs of IMAGES on WORKERS cores, beside what a band costs by itself."""
+def clock_of(device: str) -> Callable[[], float]:
+    """What times a device: processor time, or where a GPU works meanwhile the clock."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
+def workers_on(device: str) -> int:
+    """Workers that the times are for: WORKERS cores, or one GPU."""
+    return WORKERS if device == "cpu" else 1
+
+
+def _minutes(seconds_a_pair: float, seconds_a_band: float, workers: int) -> float:
+    """Time of all pairs of IMAGES on so many workers, beside what a band costs by itself."""
     every = IMAGES**2 / 2 * seconds_a_pair + IMAGES / BAND_IMAGES * seconds_a_band
-    return every / WORKERS / 60
+    return every / workers / 60
 
 
-def run_all(images: int) -> dict[str, Any]:
+def run_all(images: int, device: str) -> dict[str, Any]:
     """Count all pairs of `images`, band by band, and check their number and moments."""
     per_band = BAND_IMAGES // EACH
     identities = images // EACH
@@ -103,7 +114,9 @@ def run_all(images: int) -> dict[str, Any]:
         return (faces(bands[other]) for other in partners(band, len(bands))[1:])
 
     started, clock = time.process_time(), time.perf_counter()
-    comparisons = add_up([score_band(faces(bands[band]), others(band)) for band in range(len(bands))])
+    comparisons = add_up(
+        [score_band(faces(bands[band]), others(band), device=device) for band in range(len(bands))]
+    )
     seconds, wall = time.process_time() - started, time.perf_counter() - clock
     pairs = images * (images - 1) // 2
     found = separability(*comparisons)
@@ -137,32 +150,37 @@ def time_bootstrap() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run and print everything; write `results/scores.json`."""
+    """Run and print everything; write `results/scores.json`, of a GPU `results/scores_gpu.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000, help="of the set that is counted whole")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N: where scores are made")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine(), "device": arguments.device}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    results["whole"] = run_all(arguments.images)
+    results["whole"] = run_all(arguments.images, arguments.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     results["memory"] = {
         "planned_bytes_of_a_band": band_bytes(BAND_IMAGES, WIDTH),
         "process_peak_bytes_before": before,
         "process_peak_bytes": peak,
     }
-    results["slice"] = time_slice()
+    results["slice"] = time_slice(arguments.device)
     results["bootstrap"] = time_bootstrap()
+    workers = workers_on(arguments.device)
     verdicts = {
-        f"{IMAGES:,} embeddings on {WORKERS} cores in {MINUTES} minutes": results["slice"]["minutes_for_all"]
+        f"{IMAGES:,} embeddings on {workers} x {arguments.device} in {MINUTES} minutes": results["slice"][
+            "minutes_for_all"
+        ]
         <= MINUTES,
-        f"{WORKERS} workers in {MEMORY >> 30} GB": WORKERS * peak <= MEMORY,
+        f"{workers} workers in {MEMORY >> 30} GB": workers * peak <= MEMORY,
         "EER within 1e-5 of that of single scores": results["whole"]["eer_bound"] <= 1e-5,
     }
     results["targets"] = verdicts
     for section in ("whole", "memory", "slice", "bootstrap"):
         print(section, *(f"  {name}: {value:,.6g}" for name, value in results[section].items()), sep="\n")
     print(*(f"{'met' if met else 'MISSED'}: {target}" for target, met in verdicts.items()), sep="\n")
-    print(f"written to {write_results('scores', results)}")
+    name = "scores" if arguments.device == "cpu" else "scores_gpu"
+    print(f"written to {write_results(name, results)}")
     return 0 if all(verdicts.values()) else 1
 
 

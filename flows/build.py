@@ -256,5 +256,6 @@ def meter_of(spec: StageSpec) -> Meter:
     """Return the progress meter of a stage: what its extent covers, and what of that is committed already."""
     left = sum(size_of(spec, unit) for unit in pending(spec))
     total = sum(size_of(spec, unit) for unit in spec.grid.units())
-    noun = "images" if spec.per_replicate else "identities"
+    parts = spec.grid.replicates > 1
+    noun = "images" if spec.per_replicate else "parts" if parts else "identities"
     return Meter(spec.name, noun, total, before=total - left)

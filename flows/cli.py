@@ -1,6 +1,7 @@
 """The `negfacediff` command. Heavy imports stand inside the commands, so that help comes at once."""
 
 import sys
+from textwrap import TextWrapper
 from typing import Annotated
 
 import typer
@@ -113,7 +114,7 @@ def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a 
     """Show how far every stage in a store is, read from the store alone.
 
     done and pending count work units, failed the samples (rows) in them that failed; left is the time that
-    what is pending takes at the rate so far.
+    what is pending takes at the rate so far. Beneath are the runs that each stage is part of.
     """
     from flows.progress import clock_text
     from negfacediff_core.store.status import check_store
@@ -123,14 +124,12 @@ def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a 
     stages = read_status(store)
     table = Table("stage", box=None, pad_edge=False)
     table.add_column("fingerprint", no_wrap=True, min_width=16)
-    table.add_column("runs", overflow="fold")
     for column in ("done", "pending", "failed", "rows/s", "left"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage in stages:
         table.add_row(
             stage.stage,
             stage.fingerprint,
-            ", ".join(stage.runs),
             f"{stage.done:,}",
             f"{stage.pending:,}",
             f"{stage.failed:,}",
@@ -138,6 +137,14 @@ def status(store: Annotated[str, typer.Argument(help="Folder or fsspec URL of a 
             clock_text(stage.seconds_left) if stage.pending and stage.seconds_left else "",
         )
     Console().print(table)
+    print()
+    # names are whole, to be copied, however narrow the terminal is
+    wrapper = TextWrapper(
+        Console().width, subsequent_indent=30 * " ", break_long_words=False, break_on_hyphens=False
+    )
+    print(f"{'stage':<12}{'fingerprint':<18}runs")
+    for stage in stages:
+        print(wrapper.fill(f"{stage.stage:<12}{stage.fingerprint:<18}{', '.join(stage.runs)}"))
 
 
 @app.command()

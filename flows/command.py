@@ -95,7 +95,10 @@ def build_in(store: str, config: BuildConfig, execution: ExecutionConfig, verbos
     print_figures([result["figures"]])
     stages = result["stages"]
     print_places(
-        images=stages["samples"], crops=stages["aligned"], report=f"{stages['evaluation']}/report.html"
+        images=stages["samples"],
+        crops=stages["aligned"],
+        report=f"{stages['evaluation']}/report.html",
+        figures=f"{stages['evaluation']}/page.json",
     )
 
 

@@ -1,13 +1,12 @@
 """The flow `compare`: finished runs of one store side by side, in figures, plots and pictures."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefect import flow
 
 from flows.artifacts import publish
-from flows.results import figures_of, judge_of, protocol_of, report_of, seconds_of
+from flows.results import figures_of, json_bytes, judge_of, protocol_of, report_of, seconds_of
 from flows.words import command_text, count_text
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.evaluation.plots import COLOURS, det_curves, score_histogram
@@ -85,8 +84,11 @@ def write_comparison(title: str, datasets: Mapping[str, Dataset], out: str) -> d
         **report_of(title, figures, stages, seconds_of(spec for one in stages for spec in one.values())),
         "warnings": _warnings(datasets),
         "notes": [
-            f"Without an interval of the difference to {first}: {', '.join(labels)}, because {why}."
-            for why, labels in unpaired.items()
+            *_crowding_note(figures),
+            *(
+                f"Without an interval of the difference to {first}: {', '.join(labels)}, because {why}."
+                for why, labels in unpaired.items()
+            ),
         ],
         "captions": {"contact_sheet": _what_sheets_share(stages)},
     }
@@ -97,7 +99,7 @@ def write_comparison(title: str, datasets: Mapping[str, Dataset], out: str) -> d
     for name, content in pictures.items():
         folder.write_atomic(name, content)
     folder.write_atomic("report.html", page.encode())
-    folder.write_atomic("report.json", (json.dumps(report, indent=2) + "\n").encode())
+    folder.write_atomic("report.json", json_bytes(report))
     publish(title, report, pictures, f"{folder.url}/report.html")
     return report
 
@@ -113,6 +115,20 @@ def _warnings(datasets: Mapping[str, Dataset]) -> list[str]:
     if len(set(protocols.values())) > 1:
         warnings.append(_not_comparable("protocols", protocols))
     return warnings
+
+
+def _crowding_note(figures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say that how distinct identities are does not compare, unless all were matched at one threshold."""
+    thresholds = {shown["name"]: shown.get("match_cosine") for shown in figures}
+    if len(set(thresholds.values())) == 1:
+        return []
+    listed = "; ".join(
+        f"{label}: {'none' if cosine is None else f'{cosine:.3f}'}" for label, cosine in thresholds.items()
+    )
+    return [
+        "Distinct identities, their share and capacity do not compare, for the match thresholds differ "
+        f"({listed}); evaluation.match_cosine sets one for all."
+    ]
 
 
 def _judge_key(stages: Mapping[str, StageSpec]) -> tuple[Mapping[str, str], bool]:
@@ -137,7 +153,9 @@ def _why_unpaired(spec: StageSpec, first: StageSpec) -> str:
         "seed": "seed",
     }
     differing = [
-        f"{words} ({one[name]} and {two[name]})" for name, words in fields.items() if one[name] != two[name]
+        f"{words} ({_setting(one[name])} and {_setting(two[name])})"
+        for name, words in fields.items()
+        if one[name] != two[name]
     ]
     if not (one["bootstrap"] and two["bootstrap"]):
         return "evaluation.bootstrap is 0, so that no identities were drawn"
@@ -148,6 +166,10 @@ def _why_unpaired(spec: StageSpec, first: StageSpec) -> str:
         if RESAMPLES not in read_record(each, unit).sha256:
             return "a run was evaluated by an older version, which kept no draws; build it again"
     return ""
+
+
+def _setting(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _what_sheets_share(stages: Sequence[Mapping[str, StageSpec]]) -> str:

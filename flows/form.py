@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+#: The name of a run: of a build, or of what a gate has made of one.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,199}$")]
 #: The name of a run, or nothing.
-MaybeName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,62})?$")]
+MaybeName = Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,199})?$")]
 More = Annotated[int, Field(ge=0, le=10_000_000)]
 
 #: The default of the parameter `store`; forms show it first.

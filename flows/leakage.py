@@ -35,7 +35,7 @@ class GateRecord(Model):
 
 
 def gate_names(run: str, gallery: str) -> GateNames:
-    """Name what a gate makes of a run; `gallery` tells galleries apart, so that each has a gate of its own.
+    """Name what a gate makes of a run; `gallery` is `Gate.label`, which tells the gates of a run apart.
 
     Stores of earlier versions have `<run>.leakage` and `<run>.kept`, for the last gallery alone.
     """

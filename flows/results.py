@@ -20,6 +20,8 @@ from negfacediff_core.weights import licence_of
 from tasks.machine import installed_versions
 
 PICTURES = (".png", ".svg")
+#: The data of the page of a built dataset, beside its `report.html`.
+PAGE = "page.json"
 
 
 def record_run(
@@ -209,13 +211,22 @@ def _merged_licences(runs: Sequence[Mapping[str, StageSpec]]) -> list[dict[str, 
 
 
 def write_page(specs: Mapping[str, StageSpec], report: Mapping[str, Any]) -> dict[str, bytes]:
-    """Write `report.html` beside the evaluation; return its pictures by file name."""
+    """Write `report.html` and its data, `page.json`, beside the evaluation; return the pictures by file name.
+
+    The evaluation's own `report.json` is committed with it, and holds no more than the figures.
+    """
     evaluation = specs["evaluation"]
     unit = evaluation.grid.units()[0]
     names = [name for name in read_record(evaluation, unit).sha256 if name.endswith(PICTURES)]
     pictures = {name: read_file(evaluation, unit, name) for name in names}
     evaluation.location.write_atomic("report.html", render_report(report, pictures).encode())
+    evaluation.location.write_atomic(PAGE, json_bytes(report))
     return pictures
+
+
+def json_bytes(report: Mapping[str, Any]) -> bytes:
+    """The data of a page as a JSON file, which `docs/report.schema.json` describes."""
+    return (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()
 
 
 def figure_rows(datasets: Sequence[Mapping[str, Any]], *groups: str) -> list[list[str]]:

@@ -12,26 +12,31 @@ from matplotlib.transforms import ScaledTranslation
 
 from negfacediff_core.evaluation.plots import COLOURS, INK, draw, finish
 
-_MARKERS = "osD^v"
-# Points (1/72 inch) between settings that are drawn side by side.
-_BESIDE = 6.0
+# Groups take one after the other: of as many colours as these no two have the look of the first.
+_COLOURS, _MARKERS = (*COLOURS, "#882255"), "osD^v<X"
+# Points (1/72 inch) that settings of one place are drawn apart: so few that none seems to lie elsewhere.
+_BESIDE = 1.0
 
 
 class Measure(NamedTuple):
-    """A figure of a sweep: its key, its title, its form as text and, where it is plotted, what is better."""
+    """A figure of a sweep: its key, its title, its form as text and, where it is plotted, how it is read.
+
+    The axis of a share with `begins` starts there or below and ends at 1: what fills a narrower one is noise.
+    """
 
     key: str
     title: str
     form: str
-    better: str = ""
+    read: str = ""
+    begins: float | None = None
 
 
 #: What is set against the axis.
 MEASURES = (
     Measure("fdr", "FDR", ".2f", "more is better"),
     Measure("eer", "EER", ".1%", "less is better"),
-    Measure("detected_fraction", "faces found", ".1%", "more is better"),
-    Measure("embedding_diversity", "intra-identity distance", ".3f", "1 - cosine"),
+    Measure("detected_fraction", "faces found", ".2%", "more is better", begins=0.95),
+    Measure("embedding_diversity", "diversity of embeddings", ".3f", "1 − cosine; more varied is higher"),
 )
 #: What the table has besides.
 LISTED = (Measure("fmr100", "FMR100", ".1%"), Measure("seconds", "seconds of work", ",.0f"))
@@ -44,31 +49,35 @@ Row = Mapping[str, Any]
 def table_of(rows: Sequence[Row]) -> str:
     """Return a Markdown table: a line a setting, with the mean over its seeds, the lowest and the highest."""
     measures = (*MEASURES, *LISTED)
-    head = ["setting", "", EVALUATIONS, *(measure.title for measure in measures), "seeds"]
+    weights = len({row["w"] for row in rows}) > 1
+    head = ["setting", "group", *["w"] * weights, EVALUATIONS]
+    head += [*(measure.title for measure in measures), "seeds"]
     lines = [head, ["---"] * len(head)]
     for group, variations in _grouped(rows).items():
         for name, chosen in variations.items():
             cells = (_spread_text(_values(chosen, measure.key), measure.form) for measure in measures)
             evaluations = f"{chosen[0]['network_evaluations']:,}"
-            lines.append([name, group, evaluations, *cells, str(len(chosen))])
+            weight = [f"{chosen[0]['w']:g}"] * weights
+            lines.append([name, group, *weight, evaluations, *cells, str(len(chosen))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> bytes:
     """Plot every measure against `axis` (of AXES): means over seeds, bars from the lowest to the highest.
 
-    Groups of a single setting that share its place with others are drawn beside it.
+    Groups of a single setting that share its place with others are drawn a little beside it. Where the axis
+    is w, lines begin at the setting of w = 0, in which all of them are one.
     """
     key, label = AXES[axis]
     figure = Figure(figsize=(10, 7.2), dpi=130, facecolor="white", layout="constrained", label="sweep")
     groups = _grouped(rows)
     looks: list[dict[str, Any]] = [
-        {"color": COLOURS[number % len(COLOURS)], "marker": _MARKERS[number // len(COLOURS)]}
+        {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
         for number in range(len(groups))
     ]
     shifts = shifts_of([[chosen[0][key] for chosen in variations.values()] for variations in groups.values()])
-    label += "; equal ones side by side" * any(shifts)
     for axes, measure in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
+        unweighted = _values([row for row in rows if axis == "w" and not row["w"]], measure.key)
         for look, variations, shift in zip(looks, groups.values(), shifts, strict=True):
             points = sorted(
                 (chosen[0][key], values)
@@ -76,6 +85,10 @@ def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> by
                 if (values := _values(chosen, measure.key))
             )
             _draw_group(axes, points, shift, look)
+            if unweighted and len(points) > 1 and points[0][0]:
+                first, values = points[0]
+                ends = statistics.mean(unweighted), statistics.mean(values)
+                axes.plot([0, first], ends, color=look["color"], linewidth=1.4, linestyle=":")
         if axis == "evaluations":
             axes.set_xscale("log")
             ticks = sorted({row[key] for row in rows})
@@ -83,7 +96,10 @@ def plot_of(rows: Sequence[Row], axis: str, title: str, form: str = "png") -> by
             axes.minorticks_off()
         if measure.form.endswith("%"):
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-        finish(axes, label, f"{measure.title} ({measure.better})")
+        if measure.begins is not None:
+            bottom = min(measure.begins, axes.get_ylim()[0])
+            axes.set_ylim(bottom, 1 + (1 - bottom) / 20)
+        finish(axes, label, f"{measure.title}\n({measure.read})")
     handles = [
         Line2D([], [], **look, linewidth=1.4, label=group) for look, group in zip(looks, groups, strict=True)
     ]

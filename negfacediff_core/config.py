@@ -40,8 +40,11 @@ def title_of(name: str, field: Any = None) -> str:
     return TITLES.get(name) or name.replace("_", " ").capitalize()
 
 
-def _say_limits(schema: dict[str, Any]) -> None:
-    """Add the limits of each number to its description, which is all that a form shows."""
+def _for_forms(schema: dict[str, Any]) -> None:
+    """Add the limits of each number to its description, which is all that a form shows.
+
+    A default of null is left out: Prefect refuses null, which whole configurations hold, where one is stated.
+    """
     words = {
         "minimum": "from",
         "exclusiveMinimum": "above",
@@ -50,6 +53,8 @@ def _say_limits(schema: dict[str, Any]) -> None:
         "multipleOf": "in steps of",
     }
     for field in schema.get("properties", {}).values():
+        if field.get("default", "") is None:
+            del field["default"]
         limits = [f"{said} {field[key]:,}" for key, said in words.items() if key in field]
         if limits and "Allowed" not in field["description"]:
             field["description"] = f"{field['description']} Allowed: {' '.join(limits)}."
@@ -64,7 +69,7 @@ class Model(BaseModel):
         validate_default=True,
         use_enum_values=True,
         field_title_generator=title_of,
-        json_schema_extra=_say_limits,
+        json_schema_extra=_for_forms,
     )
 
 

@@ -135,7 +135,12 @@ def drive(lines: Sequence[Line], attempt: int, crew: Crew, window: int | None = 
 
 
 def size_of(spec: StageSpec, unit: Unit) -> int:
-    """Return how many images a unit covers, or identities in a stage that is not per replicate."""
+    """Return how many images a unit covers, or identities in a stage that is not per replicate.
+
+    Where such a stage works on its identities in several parts, as `scores` does, a unit is one of them.
+    """
+    if not spec.per_replicate and spec.grid.replicates > 1:
+        return 1
     return len(spec.grid.identities_of(unit)) * len(spec.grid.replicates_of(unit))
 
 

@@ -14,13 +14,14 @@ from flows.build import build_dataset
 from flows.cli import BAD_INPUT, main
 from flows.compare import (
     Dataset,
+    _crowding_note,
     _what_sheets_share,
     _why_unpaired,
     compare,
     read_datasets,
     write_comparison,
 )
-from flows.results import figures_of, report_of
+from flows.results import PAGE, figures_of
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.evaluation.schema import check_report, report_schema
@@ -79,8 +80,19 @@ def test_reports_of_one_dataset_and_of_several_fit_the_published_schema(store, t
     check = Draft202012Validator(report_schema(), format_checker=Draft202012Validator.FORMAT_CHECKER).validate
     datasets = read_datasets(store, ["plain", "far"])
     check(compare(store, ["plain", "far"], str(tmp_path)))
-    far = datasets["far"]
-    check(json.loads(json.dumps(report_of("far", [figures_of(*far)], [far.stages], 1.0))))
+    for run in datasets.values():
+        written = json.loads(Path(run.stages["evaluation"].directory, PAGE).read_text())
+        check(written)
+        assert written["datasets"] == [json.loads(json.dumps(figures_of(*run)))]
+
+
+def test_what_rests_on_other_match_thresholds_is_said_not_to_compare():
+    first, same, other = (
+        {"name": name, "match_cosine": cosine} for name, cosine in zip("abc", (0.3, 0.3, 0.4), strict=True)
+    )
+    assert _crowding_note([first, same]) == []
+    assert "capacity do not compare" in _crowding_note([first, other])[0]
+    assert "(a: 0.300; b: 0.300; c: 0.400; d: none)" in _crowding_note([first, same, other, {"name": "d"}])[0]
 
 
 def changed(dataset, stage, **config):
@@ -116,6 +128,7 @@ def test_other_judges_and_protocols_are_said_loudly_and_all_are_named(store, tmp
         ({"protocol": "paper"}, r"other protocol \(paper and full\)"),
         ({"bootstrap": 0}, "evaluation.bootstrap is 0"),
         ({"seed": 7, "identities": 4}, r"other identities \(4 and 5\), seed \(7 and 0\)"),
+        ({"identities": 10_000}, r"other identities \(10,000 and 5\)"),
         ({}, ""),
     ],
 )
@@ -146,7 +159,7 @@ def test_a_run_that_kept_no_draws_is_compared_without_intervals(store, tmp_path,
     held = {path: digest for path, digest in record.sha256.items() if not path.endswith(RESAMPLES)}
     write_record(spec, replace(record, sha256=held))
     report = write_comparison("both", datasets, str(tmp_path / "out"))
-    assert len(report["notes"]) == 1 and "older version" in report["notes"][0]
+    assert "older version" in report["notes"][-1]
     assert not any(key.endswith("_difference") for key in report["datasets"][1])
 
 

@@ -117,6 +117,12 @@ def test_a_wrong_value_is_refused_at_submission_and_its_field_is_named(field, va
         validate(form, SCHEMAS["build-dataset"], raise_on_error=True, ignore_required=True)
 
 
+@pytest.mark.parametrize("name", sorted(preset_texts()))
+def test_a_whole_configuration_is_taken_at_submission(name):
+    form = {"build": load_build(name).model_dump(mode="json"), "store": "/data/faces"}
+    validate(form, SCHEMAS["build-dataset"], raise_on_error=True, ignore_required=True)
+
+
 def test_a_box_that_is_left_empty_is_none():
     form = DEPLOYMENTS[0].form("/data/faces")["build"]
     form["embeddings"]["quality"] = ""

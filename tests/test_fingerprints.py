@@ -233,6 +233,7 @@ EXECUTION = {
     "acceleration": "eager",
     "retries": 0,
     "approve_above_hours": 1.0,
+    "adaptive": True,
 }
 
 

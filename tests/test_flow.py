@@ -17,6 +17,7 @@ from flows import demo as demo_module
 from flows.build import build_dataset
 from flows.cli import BUILD_FAILED, main
 from flows.demo import demo
+from flows.results import PAGE
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.evaluation.schema import check_report
 from negfacediff_core.stages import plan_build, run_unit
@@ -51,7 +52,7 @@ def content(store: Path) -> dict[str, bytes]:
         for path in sorted(store.rglob("*"))
         if path.is_file()
         and not {"done", "runs", "logs"} & set(path.relative_to(store).parts)
-        and path.name != "report.html"
+        and path.name not in ("report.html", PAGE)
     }
 
 

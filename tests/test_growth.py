@@ -218,9 +218,9 @@ def finish(build, store, execution):
 @pytest.mark.parametrize("executor", ["threads", pytest.param("dask", marks=pytest.mark.slow)])
 def test_a_dataset_may_grow_with_another_executor(executor, tiny_build, tmp_path):
     grown = changed(tiny_build, identities=6, images=3)
-    make(changed(tiny_build, identities=4), tmp_path / "grown")
+    make(changed(tiny_build, identities=4), tmp_path / "grown", pictures=True)
     specs = finish(grown, tmp_path / "grown", ExecutionConfig(executor=executor, workers=3, device="cpu"))
     assert all(pending(spec) == [] for spec in specs.values())
     assert all(stage.pending == 0 for stage in status(str(tmp_path / "grown")))
-    make(changed(grown, negatives__pool=4), tmp_path / "at once")
+    make(changed(grown, negatives__pool=4), tmp_path / "at once", pictures=True)
     assert_grown_is(tmp_path / "grown", tmp_path / "at once")

@@ -37,6 +37,7 @@ from noted_units import (
 from small_stage import commit, make_spec
 
 from flows import build as flow
+from flows.results import PAGE
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError
 from negfacediff_core.stages import plan_build
@@ -430,5 +431,6 @@ def test_the_command_itself_is_killed_and_goes_on(executor, tiny_build, whole_bu
         kept = stamps(specs)
     subprocess.run(command, check=True, timeout=300, capture_output=True)
     assert stamps(specs).items() >= kept.items()
-    (Path(specs[-1].directory) / "report.html").unlink()
+    for page in ("report.html", PAGE):
+        (Path(specs[-1].directory) / page).unlink()
     assert_equal(specs, whole_build[0])

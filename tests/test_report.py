@@ -18,7 +18,7 @@ from negfacediff_core.evaluation.plots import COLOURS, ScorePanel, det_curves, s
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.evaluation.schema import check_report, report_schema
 from negfacediff_core.evaluation.scores import Distribution
-from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
+from negfacediff_core.evaluation.sheets import SheetPanel, _fitting, contact_sheet
 from negfacediff_core.stages.models import PROJECT
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -133,6 +133,20 @@ def test_contact_sheet_shows_every_image_unchanged_in_aligned_cells():
     assert place["left", 1, 0][0] > place["left", 0, 0][0] and place["left", 0, 1][1] > place["left", 0, 0][1]
 
 
+def test_long_titles_end_with_their_panels():
+    names = ["demo.kept.training-images-3f2a91", "short"]
+    narrow = [images(number, replicates=2) for number in range(3)]
+    panels = [SheetPanel(name, block) for name, block in zip([*names, names[0]], narrow, strict=True)]
+    picture = decode(contact_sheet(panels))
+    starts = [find(picture, block[0, 0])[1] for block in narrow]
+    titles = (picture[:28] < 128).any(axis=(0, 2))
+    for start in starts[1:]:
+        assert not titles[start - 20 : start].any()
+    assert not titles[-4:].any() and titles[starts[2] : -4].any()
+    assert _fitting("short", 100) == "short"
+    assert re.fullmatch(r"demo.*….*3f2a91", _fitting(names[0], 150))
+
+
 def test_small_images_are_enlarged_by_a_whole_factor():
     small = images(2, side=16)
     picture = decode(contact_sheet([SheetPanel("a", small)]))
@@ -229,17 +243,18 @@ def test_report_shows_figures_side_by_side_with_differences():
     text = "".join(page.words)
     assert "FDR goes from 2.00 to 4.50 (×2.25)" in text
     kinds = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
-    assert kinds.count("difference better") == 2 and kinds.count("difference worse") == 1
+    assert set(kinds) == {None, "interval", "difference"}  # None: names of groups
 
 
 @pytest.mark.parametrize(
     "eer, limits, words, kind",
     [
-        (0.0852, [-0.0753, 0.006], "−3.98 [−7.53, +0.60] points", "difference"),
-        (0.0852, [-0.0753, -0.006], "−3.98 [−7.53, −0.60] points", "difference better"),
-        (0.1648, [0.006, 0.0753], "+3.98 [+0.60, +7.53] points", "difference worse"),
-        (0.12499, [-0.02, -0.00001], "0.00 [−2.00, 0.00] points", "difference"),
-        (0.1252, None, "+0.02 points", "difference worse"),
+        (0.0852, [-0.0753, 0.006], "−3.98 [−7.53,\N{NO-BREAK SPACE}+0.60] points", "difference"),
+        (0.0852, [-0.0753, -0.006], "−3.98 [−7.53,\N{NO-BREAK SPACE}−0.60] points", "difference better"),
+        (0.1648, [0.006, 0.0753], "+3.98 [+0.60,\N{NO-BREAK SPACE}+7.53] points", "difference worse"),
+        (0.12499, [-0.02, -0.00001], "0.00 [−2.00,\N{NO-BREAK SPACE}0.00] points", "difference"),
+        (0.1252, [0.0001, 0.0003], "+0.02 [+0.01,\N{NO-BREAK SPACE}+0.03] points", "difference worse"),
+        (0.1252, None, "+0.02 points", "difference"),
         (0.12501, None, "0.00 points", "difference"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from stage_builds import EXECUTION, changed, make, planned
 
+from flows.build import meter_of
 from negfacediff_core.errors import StoreError
 from negfacediff_core.evaluation import bands
 from negfacediff_core.evaluation.bootstrap import FIGURES
@@ -15,6 +16,7 @@ from negfacediff_core.evaluation.scores import compare
 from negfacediff_core.stages import STAGES, plan_build, run_unit, scores
 from negfacediff_core.stages.evaluation import RATES, THRESHOLDS, difference_intervals, score_panel
 from negfacediff_core.stages.scores import read_judged, stored_comparisons
+from negfacediff_core.stages.sizes import size_of
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.records import committed, pending
 from negfacediff_core.store.repair import forget_units
@@ -120,8 +122,7 @@ def test_a_store_with_bands_verifies_and_a_damaged_band_is_found(tiny_build, sto
 
 def test_parts_of_bands_add_up_to_whole_bands_and_are_read_one_by_one(tiny_build, store, banded, monkeypatch):
     whole = stored_comparisons(make(tiny_build, store, SCORES)["scores"])
-    for module in (bands, scores):
-        monkeypatch.setattr(module, "PARTNERS", 1)
+    monkeypatch.setattr(bands, "PARTNERS", 1)
     parts = make(tiny_build, store, SCORES)["scores"]
     assert committed(parts) == [Unit(band, part) for band in range(3) for part in range(2)]
     steps, decode, add = [], scores._decode, bands._sum
@@ -145,6 +146,30 @@ def test_bands_of_older_stores_are_whole(tiny_build, store, banded):
         run_unit(older, unit, EXECUTION)
     for kind, single in zip(stored_comparisons(older), stored_comparisons(now), strict=True):
         np.testing.assert_array_equal(kind.counts, single.counts)
+
+
+@pytest.mark.parametrize("parts", [None, 1, 2, 3, 4])
+def test_the_parts_of_a_stage_cover_all_pairs_however_it_was_cut(tiny_build, tmp_path, banded, parts):
+    now = planned(changed(tiny_build, identities=15), tmp_path)["scores"]
+    config = {name: now.config[name] for name in ("identities", "images")}
+    cut = replace(now, config=config | ({"parts": parts} if parts else {}))
+    pairs = [
+        frozenset((band, other))
+        for band in range(8)
+        for part in range(parts or 1)
+        for other in scores.partners_of(cut, Unit(band, part))
+    ]
+    assert len(pairs) == len(set(pairs)) == 8 * 9 // 2
+
+
+def test_parts_are_counted_as_parts_and_not_as_identities(tiny_build, tmp_path, banded):
+    spec = planned(changed(tiny_build, identities=15), tmp_path)["scores"]
+    bands_of_two, parts = spec.grid.blocks
+    meter = meter_of(spec)
+    assert (bands_of_two, parts) == (8, 3)
+    assert (meter.noun, meter.total, meter.position) == ("parts", 24, 0)
+    size = size_of(spec)
+    assert size.units == 24 and size.bytes > 24 * 700_000 + 8 * 2_200_000
 
 
 def test_a_part_of_half_a_million_images_takes_seconds_and_parts_cover_all(tiny_build, tmp_path):

@@ -139,6 +139,19 @@ def test_other_folders_are_refused(command, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["photos", "2024"]
 
 
+def test_status_shows_whole_names_however_narrow_the_terminal_is(store, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"tiny.kept.{kind}-images-of-people-3f2a91" for kind in ("training", "public", "test")]
+    for name in names:
+        shutil.copy(store / "runs" / "tiny.json", store / "runs" / f"{name}.json")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["status", str(store)])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and max(map(len, lines)) <= 80
+    shown = [line for line in lines if names[0] in line]
+    assert len(shown) == 7 and all(any(name in line for line in lines) for name in names)
+
+
 def test_resume_builds_what_the_run_record_says(store, tiny_build, built, capsys):
     code, said = run(capsys, "resume", store)
     assert code == 0 and "is complete" in said and made == []

@@ -116,6 +116,13 @@ def row(variation, seed, **figures):
     }
 
 
+def test_the_table_has_the_weight_where_it_varies():
+    head, _, first, second = table_of([row("a", 0), row("b", 0, w=0.25)]).splitlines()
+    assert head.startswith("| setting | group | w | network") and "| a | DDIM | 0.5 |" in first
+    assert "| b | DDIM | 0.25 |" in second and "| 100.00% |" in second
+    assert table_of([row("a", 0)]).startswith("| setting | group | network")
+
+
 def test_the_table_has_means_over_seeds_and_what_they_lie_between():
     rows = [row("a", 0, fdr=2.0), row("a", 1, fdr=3.0), row("b", 0, fdr=1.0, network_evaluations=2000)]
     lines = table_of(rows).splitlines()
@@ -140,8 +147,23 @@ def test_single_settings_at_one_place_are_drawn_side_by_side():
     assert len(set(beside[:3])) == 3 and 0 not in beside and min(beside) < 0 < max(beside)
     first, second = shifts_of([[0.5], [0.5]])
     assert first == 0 != second
-    plots = [plot_of([row("a", 0), row("b", 0, group=group)], "w", "t", "svg") for group in ("DDIM", "other")]
-    assert [b"side by side" in plot for plot in plots] == [False, True]
+    # so little that none seems to lie elsewhere
+    assert max(map(abs, beside)) <= 2
+
+
+def test_groups_have_looks_of_their_own_and_lines_begin_where_there_is_no_weight(monkeypatch):
+    rows = [row(str(number), 0, group=f"rule {number}") for number in range(8)]
+    rows += [row(f"far {w}", 0, group="rule 7", w=w) for w in (1.0, 2.0)]
+    rows.append(row("none", 0, group="none", w=0.0, fdr=0.75))
+    drawn = []
+    monkeypatch.setattr("flows.sweep_page.draw", lambda figure, form: drawn.append(figure) or b"")
+    plot_of(rows, "w", "title")
+    looks = {(line.get_color(), line.get_marker()) for line in drawn[0].legends[0].get_lines()}
+    assert len(looks) == 9 and len({colour for colour, _ in looks}) == 8
+    fdr, _, found, _ = drawn[0].axes
+    (start,) = [line for line in fdr.lines if line.get_linestyle() == ":"]
+    assert start.get_xydata().tolist() == [[0, 0.75], [0.5, 2.0]]
+    assert found.get_ylim()[0] <= 0.95 and 1 < found.get_ylim()[1] < 1.01
 
 
 def test_the_documented_sweep_can_be_built_and_help_points_to_it(tmp_path):

@@ -21,7 +21,8 @@ def number_text(value: float, form: str) -> str:
 def figure_cell(figure: Figure, dataset: Mapping[str, Any], first: Mapping[str, Any], coloured: bool) -> str:
     """Return, as HTML, a value, its interval if there is one, and the difference to the first dataset.
 
-    A difference is `coloured` as better or worse, unless it rounds to 0 or its interval holds 0.
+    A difference is `coloured` as better or worse where it has an interval, which does not hold 0, and does
+    not round to 0: of any other it is not known whether chance alone explains it.
     """
     value, reference = dataset.get(figure.key), first.get(figure.key)
     if not exists(value):
@@ -39,8 +40,9 @@ def figure_cell(figure: Figure, dataset: Mapping[str, Any], first: Mapping[str, 
 
 def _kind(figure: Figure, change: float, limits: tuple[float, float] | None) -> str:
     """The class of a difference: better, worse, or neither."""
-    by_chance = limits is not None and limits[0] <= 0 <= limits[1]
-    if by_chance or not figure.better or _signed(change, figure.form)[0] not in "+−":
+    if limits is None or limits[0] <= 0 <= limits[1]:
+        return ""
+    if not figure.better or _signed(change, figure.form)[0] not in "+−":
         return ""
     return " better" if change * figure.better > 0 else " worse"
 
@@ -49,7 +51,8 @@ def _difference(change: float, limits: tuple[float, float] | None, form: str) ->
     """A difference and its interval; those of shares are in points of a percent."""
     words = _signed(change, form)
     if limits:
-        words += f" [{', '.join(_signed(limit, form) for limit in limits)}]"
+        # no break within the brackets: in a narrow column they stand on a line of their own
+        words += " [" + ",\N{NO-BREAK SPACE}".join(_signed(limit, form) for limit in limits) + "]"
     return words + " points" * form.endswith("%")
 
 

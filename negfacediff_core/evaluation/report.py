@@ -31,8 +31,9 @@ _DIFFERENCE = (
     "difference",
     "+ and − beneath a value",
     "Difference to the first dataset and, where both drew the same identities, its 95% interval by the "
-    "paired bootstrap. Green is better and orange worse than the first. Without colour are figures of which "
-    "neither direction is better, and differences whose interval holds 0: chance alone may explain those.",
+    "paired bootstrap. Green is better and orange worse than the first, beyond what chance explains. Without "
+    "colour are differences without an interval, those whose interval holds 0, and figures of which neither "
+    "direction is better.",
 )
 
 _STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
@@ -95,7 +96,9 @@ def _table(head: Sequence[str], groups: Mapping[str, Sequence[Sequence[str]]]) -
             f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>\n"
             for first, *rest in rows
         )
-        name = f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{group}</th></tr>\n'
+        name = (
+            f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup"><span>{group}</span></th></tr>\n'
+        )
         bodies += [f"<tbody>\n{name * bool(group)}{body}</tbody>"] if rows else []
     head_row = f"<thead><tr>{heading}</tr></thead>"
     return '<div class="scroll"><table>\n' + "\n".join([head_row, *bodies]) + "\n</table></div>"

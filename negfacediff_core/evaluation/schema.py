@@ -1,6 +1,6 @@
-"""What report.json holds, and its JSON Schema, which is made from the tables of `figures`.
+"""What the data of a page holds, and its JSON Schema, which is made from the tables of `figures`.
 
-The file holds, in JSON types only:
+The file (`page.json` of a build, `report.json` of a comparison) holds, in JSON types only:
 
 - `datasets`: a list; each has SETTINGS and the figures of FIGURES that are not optional. It may have `name`,
   `settings` {field: value}, `lineage` {stage: fingerprint}, and for any figure an interval,
@@ -42,7 +42,7 @@ def report_schema() -> dict[str, Any]:
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "report.json of negfacediff",
+        "title": "The data of a page of negfacediff",
         "description": "Datasets with their settings and figures; the first is what the others differ from.",
         "type": "object",
         "properties": {

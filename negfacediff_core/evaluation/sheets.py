@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from numpy.typing import NDArray
 
 from negfacediff_core.errors import NegFaceDiffError
@@ -15,6 +17,8 @@ _UNDETECTED = (213, 94, 0)
 _DPI = 100
 _LEAST_CELL, _CELL_GAP, _PANEL_GAP, _MARGIN = 64, 2, 22, 12
 _LABEL_WIDTH, _TITLE_HEIGHT, _NOTE_HEIGHT, _LEAST_WIDTH = 44, 44, 22, 460
+# In points.
+_TITLE_SIZE = 11
 
 
 class SheetPanel(NamedTuple):
@@ -101,8 +105,11 @@ def _label_sheet(
     def text(x: float, from_top: float, words: str, **style: Any) -> None:
         figure.text(x / sheet_width, 1 - from_top / sheet_height, words, **style)
 
-    for left, panel in zip(lefts, panels, strict=True):
-        text(left, _TITLE_HEIGHT - 22, panel.label, color=INK, fontsize=11, fontweight="bold", va="bottom")
+    # the last may reach to the edge of the sheet, which is wider than a narrow panel
+    ends = [*(after - _PANEL_GAP for after in lefts[1:]), sheet_width - _MARGIN]
+    for left, end, panel in zip(lefts, ends, panels, strict=True):
+        title = _fitting(panel.label, end - left)
+        text(left, _TITLE_HEIGHT - 22, title, color=INK, fontsize=_TITLE_SIZE, fontweight="bold", va="bottom")
         for replicate in range(replicates):
             x = left + (replicate + 0.5) * (width + _CELL_GAP) / replicates
             text(x, _TITLE_HEIGHT - 5, str(replicate), color=FAINT, fontsize=7.5, ha="center", va="bottom")
@@ -110,3 +117,18 @@ def _label_sheet(
     for identity in range(identities):
         y = _TITLE_HEIGHT + (identity + 0.5) * (height + _CELL_GAP) / identities
         text(lefts[0] - 8, y, str(identity), color=FAINT, fontsize=8, ha="right", va="center")
+
+
+def _fitting(title: str, width: float) -> str:
+    """A panel's title; one wider than `width` pixels is cut in its middle, as both ends tell runs apart."""
+    font = FontProperties(weight="bold", size=_TITLE_SIZE)
+
+    def wide(words: str) -> float:
+        # text paths are in points
+        return float(TextPath((0, 0), words or " ", prop=font).get_extents().width) * _DPI / 72
+
+    kept, shown = len(title), title
+    while wide(shown) > width and kept > 2:
+        kept -= 1
+        shown = f"{title[: kept // 2]}…{title[-(kept - kept // 2) :]}"
+    return shown

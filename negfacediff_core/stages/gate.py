@@ -18,7 +18,7 @@ from negfacediff_core.store.runs import stages_of_run
 
 # The recognisers of a gate, in the order in which they are given.
 ROLES = ("first", "second")
-# Letters of a gallery's name, and digits of its hash, in the names of what a gate makes.
+# Most letters of a gallery's name, and digits of a hash, in the names of what a gate makes.
 _LETTERS, _DIGITS = 16, 6
 
 
@@ -35,10 +35,23 @@ class Gate(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Tells the gallery apart in the names of runs: its name, and a hash of all that it holds."""
-        gallery = self.stages["gallery"].weights["gallery"]
-        name = re.sub("[^a-z0-9]+", "-", PurePath(gallery.path).stem.lower()).strip("-")
-        return f"{name[:_LETTERS].strip('-')}-{fingerprint(dict(gallery.sha256))[:_DIGITS]}".lstrip("-")
+        """Tells gates of a run apart in the names of what they make.
+
+        It is the gallery's name and a hash of all that it holds, of the recognisers, and of the detector if
+        the gallery is of images.
+        """
+        people = self.stages["gallery"]
+        name = re.sub("[^a-z0-9]+", "-", PurePath(people.weights["gallery"].path).stem.lower()).strip("-")
+        looks = {**people.weights, **self.stages["neighbours"].weights}
+        hashes = {role: dict(weight.sha256) for role, weight in looks.items()}
+        return f"{_shortened(name)}-{fingerprint({**people.config, **hashes})[:_DIGITS]}".lstrip("-")
+
+
+def _shortened(name: str) -> str:
+    """The first words of a name, so many as _LETTERS hold; of a word that is longer, its beginning."""
+    if len(name) <= _LETTERS:
+        return name
+    return name[: _LETTERS + 1].rpartition("-")[0] or name[:_LETTERS]
 
 
 def plan_gate(store: str, run: str, settings: LeakageConfig) -> Gate:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.evaluation.bands import (
     BINS,
-    PARTNERS,
     TILE_ROWS,
     BandScores,
     Images,
@@ -74,12 +73,12 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     started, begun = time.time(), time.perf_counter()
     device = device_of(execution.device)
     embeddings, extent, bands = spec.input("embeddings"), _extent(spec), _bands(spec)
-    band, first = unit.identity_block, PARTNERS * unit.replicate_block
+    band = unit.identity_block
     own = list(judged(embeddings, extent, np.array(bands[band])))
     seconds = {"read": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    compared = partners(band, len(bands))[first : first + PARTNERS]
+    compared = partners_of(spec, unit)
     others = (
         block
         for other in compared
@@ -104,6 +103,14 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         device=describe_device(device),
         files={_file(unit): _encode(scores)},
     )
+
+
+def partners_of(spec: StageSpec, unit: Unit) -> list[int]:
+    """The bands that a unit compares its band with: its part of `partners`, as `spec` has cut them."""
+    bands, parts = _grid(spec).blocks
+    each = -(-(bands // 2 + 1) // parts)
+    first = each * unit.replicate_block
+    return partners(unit.identity_block, bands)[first : first + each]
 
 
 def stored_comparisons(spec: StageSpec) -> Comparisons | None:

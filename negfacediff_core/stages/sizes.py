@@ -17,9 +17,10 @@ COMPRESSED = {"contexts": 0.92, "negatives": 0.22, "samples": 0.985, "aligned": 
 # Of a unit's rows and record (measured: a record has 490 to 1,050 bytes): bytes of a column whatever it
 # holds, of a row of numbers, and of the record.
 COLUMN_BYTES, VALUE_BYTES, RECORD_BYTES = 230, 3.5, 600
-# A unit's further files: the report and pictures of the evaluation (measured), the bins of its scores (at
-# most; they are not all taken).
-FILES_BYTES = {"evaluation": 1_200_000, "scores": 500_000}
+# A unit's further files (measured): the report and pictures of the evaluation, the bins of a part's scores.
+FILES_BYTES = {"evaluation": 1_200_000, "scores": 700_000}
+# What the first part of a band has besides (measured): moments of embeddings of 512 numbers.
+FIRST_PART_BYTES = {"scores": 2_200_000}
 # The share by which the bytes on disk may differ from what is foretold.
 BYTES_TOLERANCE = 0.2
 
@@ -50,9 +51,10 @@ def size_of(spec: StageSpec, known: bool = True) -> StageSize:
         rows *= spec.grid.block_replicates
     shard = sum(unit_bytes(spec).values()) * COMPRESSED.get(spec.name, 1.0)
     table = len(spec.columns) * (COLUMN_BYTES + VALUE_BYTES * rows / max(1, len(units)))
-    files = FILES_BYTES.get(spec.name, 0)
+    first_parts = sum(unit.replicate_block == 0 for unit in units)
+    files = len(units) * FILES_BYTES.get(spec.name, 0) + first_parts * FIRST_PART_BYTES.get(spec.name, 0)
     done = len(set(committed(spec)).intersection(units)) if known else 0
-    total = len(units) * (shard + table + RECORD_BYTES + files)
+    total = len(units) * (shard + table + RECORD_BYTES) + files
     return StageSize(spec.name, len(units), rows, round(total), done)
 
 

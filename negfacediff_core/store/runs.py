@@ -15,8 +15,10 @@ from negfacediff_core.store.layout import (
 )
 from negfacediff_core.store.location import locate
 
-# A build's name has 63 characters at most; that of what a gate makes of it names the gallery besides.
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+# A build's name has 63 characters at most; that of what a gate makes of it names the gallery besides, and
+# what was kept can be gated again.
+_LONGEST = 200
+_NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{_LONGEST - 1}}}")
 _AXES = ("identities", "replicates")
 # What the run of a dataset has at least.
 _OF_A_DATASET = {"samples", "aligned", "embeddings", "evaluation"}
@@ -103,6 +105,7 @@ def _is_place(value: Any) -> bool:
 def _path(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise StoreError(
-            f"{name!r} cannot name a run; use lower-case letters, digits, dot, dash, underscore."
+            f"{name!r} cannot name a run; use 1 to {_LONGEST} lower-case letters, digits, dots, dashes and "
+            "underscores, the first a letter or a digit."
         )
     return f"runs/{name}.json"
