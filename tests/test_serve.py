@@ -103,9 +103,9 @@ def test_builds_are_submitted_refused_queued_and_ended(tiny_build, tmp_path, por
         # refused when it is submitted, or where a schema cannot tell, at once when it starts
         with pytest.raises(AssertionError, match=r"field 'build\.identities'.*less than the minimum of 2"):
             api.submit("build-dataset/demo", form(tiny_build, store, identities=1))
-        wrong = form(tiny_build, store, negatives={"rule": "none", "count": 2})
+        wrong = form(tiny_build, store, negatives={"rule": "none"})
         state = api.wait(api.submit("build-dataset/demo", wrong), {"Failed"})
-        assert "build.negatives" in state["message"] and "count must be 1" in state["message"]
+        assert "negatives.rule is none but samples.w is not 0" in state["message"]
         assert not store.exists()
 
         run = api.submit("build-dataset/demo", form(tiny_build, store))
