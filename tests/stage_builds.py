@@ -1,5 +1,7 @@
 """Small builds for the tests of the stages: changed, planned and made without a flow."""
 
+import threading
+
 import pytest
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
@@ -56,4 +58,19 @@ def make(build, store, stages=tuple(STAGES), reverse=False, pictures=False):
         for name in stages:
             for unit in sorted(pending(specs[name]), reverse=reverse):
                 run_unit(specs[name], unit, EXECUTION)
+    return specs
+
+
+def finish(build, store, execution):
+    """Build what is pending with an executor, without Prefect."""
+    from flows.build import pending_lines
+    from flows.rounds import GROUPS
+    from tasks.chunks import Crew, drive
+    from tasks.executors import open_pool
+
+    specs = planned(build, store)
+    with open_pool(execution) as pool:
+        crew = Crew(pool, execution, lambda stage: None, lambda stage, rows: None, threading.Event())
+        for group in GROUPS:
+            assert drive(pending_lines([specs[stage] for stage in group]), 0, crew) == []
     return specs

@@ -1,7 +1,6 @@
 """A dataset grows along either axis: what is finished stays, the rest is what one build would have made."""
 
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_stage import commit, make_spec
-from stage_builds import changed, make, planned
+from stage_builds import changed, finish, make, planned
 from stored_files import results
 
-from flows.build import GROUPS, pending_lines
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.errors import ContextsError, StoreError
@@ -25,8 +23,6 @@ from negfacediff_core.store import shards
 from negfacediff_core.store.layout import Grid
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.status import status
-from tasks.chunks import Crew, drive
-from tasks.executors import open_pool
 
 # --- the store
 
@@ -203,16 +199,6 @@ def test_contexts_made_together_are_grown_into_and_not_past(joint, tiny_build, t
         plan_build(changed(build, identities=8), str(tmp_path / "grown"))
     make(changed(build, identities=7, negatives__pool=3), tmp_path / "at once", stages)
     assert_grown_is(tmp_path / "grown", tmp_path / "at once")
-
-
-def finish(build, store, execution):
-    """Build what is pending with an executor."""
-    specs = planned(build, store)
-    with open_pool(execution) as pool:
-        crew = Crew(pool, execution, lambda stage: None, lambda stage, rows: None, threading.Event())
-        for group in GROUPS:
-            assert drive(pending_lines([specs[stage] for stage in group]), 0, crew) == []
-    return specs
 
 
 @pytest.mark.parametrize("executor", ["threads", pytest.param("dask", marks=pytest.mark.slow)])

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from stage_builds import EXECUTION, changed, make, planned
+from stage_builds import EXECUTION, changed, finish, make, planned
 
 from flows.build import meter_of
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import StoreError
 from negfacediff_core.evaluation import bands
 from negfacediff_core.evaluation.bootstrap import FIGURES
@@ -80,6 +81,20 @@ def test_the_order_of_bands_changes_no_byte(tiny_build, tiny_store, tmp_path, ba
     make(tiny_build, tmp_path / "two")
     assert files_of(one["scores"], tmp_path / "one") == files_of(two["scores"], tmp_path / "two")
     assert report_of(one["evaluation"]) == report_of(two["evaluation"])
+
+
+def test_bands_over_an_executor_go_on_and_are_those_of_one_process(tiny_build, tiny_store, tmp_path, banded):
+    for name in ("one", "many"):
+        shutil.copytree(tiny_store, tmp_path / name)
+    one = make(tiny_build, tmp_path / "one", stages=SCORES)["scores"]
+    many = planned(tiny_build, tmp_path / "many")["scores"]
+    # what an interrupted run has left
+    run_unit(many, pending(many)[1], EXECUTION)
+    first = files_of(many, tmp_path / "many")
+    assert len(first) == 1 and len(pending(many)) == len(pending(one)) + 2
+    finish(tiny_build, tmp_path / "many", ExecutionConfig(workers=3, device="cpu"))
+    assert files_of(many, tmp_path / "many") == files_of(one, tmp_path / "one")
+    assert first.items() <= files_of(many, tmp_path / "many").items()
 
 
 def test_small_sets_and_the_paper_protocol_need_no_band(tiny_build, tmp_path, monkeypatch):
