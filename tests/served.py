@@ -31,6 +31,12 @@ class Api:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         answer = self.http.request(method, path, json=body)
+        for _ in range(10):
+            # SQLite is locked for a moment: Prefect's own clients try again
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
+            answer = self.http.request(method, path, json=body)
         assert not answer.is_error, answer.text
         return answer.json() if answer.content else None
 
