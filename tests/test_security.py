@@ -185,7 +185,7 @@ def test_names_in_an_archive_are_only_names(tmp_path):
     assert not Path("/tmp/negfacediff-escaped.npy").exists()
 
 
-@pytest.mark.parametrize("name", ["..", "../x", "a/b", "a\\b", "/x", "a\0", ".x", "", "a\n", "x" * 64, "A"])
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "a\\b", "/x", "a\0", ".x", "", "a\n", "x" * 201, "A"])
 def test_a_run_cannot_be_named_like_a_path(name, tmp_path):
     with pytest.raises(StoreError, match="cannot name a run"):
         write_run(str(tmp_path), name, {"stages": {}})
