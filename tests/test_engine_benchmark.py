@@ -44,7 +44,8 @@ def test_the_plain_decoder_is_the_decoder(tiny_generator):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options"), [("ddpm", {}), ("ddim", {"steps": 5}), ("dpm_solver", {"steps": 5})]
+    ("sampler", "options"),
+    [pytest.param("ddpm", {}, marks=pytest.mark.slow), ("ddim", {"steps": 5}), ("dpm_solver", {"steps": 5})],
 )
 def test_the_plain_form_makes_the_images_of_the_engine(saved, tmp_path, sampler, options):
     generator = load_generator(saved[0])

@@ -75,6 +75,7 @@ def test_a_build_runs_every_unit_once_and_a_second_time_none(tiny_build, tmp_pat
     assert content(tmp_path) == before
 
 
+@pytest.mark.slow  # test_executors compares the stores of all executors, without Prefect
 def test_threads_and_dask_make_identical_stores(tiny_build, tmp_path):
     build_dataset(tiny_build, THREADS, str(tmp_path / "threads"))
     processes = ExecutionConfig(executor="dask", workers=2, device="cpu")

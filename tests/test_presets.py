@@ -20,7 +20,14 @@ def release(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", presets.preset_texts())
+# All thousand steps, a minute each; the others have the same fields.
+LONG = ("adaptdiff", "negfacediff-ddpm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in presets.preset_texts()],
+)
 def test_every_preset_makes_its_images(name, release, tiny_pack, tmp_path):
     values = yaml.safe_load(presets.preset_texts()[name])
     tiny = {
