@@ -53,8 +53,10 @@ from tasks.energy import measured
 from tasks.executors import check_available, open_pool
 from tasks.workers import check_workers
 
-# Two chunks overlap: while one waits for its last units, the other keeps the workers busy.
-CHUNKS_AT_ONCE = 2
+#: What runs the chunks of every flow that makes units. Two overlap: while one waits for its last units, the
+#: other keeps the workers busy. Prefect declares its runners for the exact kind of future that they hand out,
+#: its flows for any.
+CHUNK_RUNNER = cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=2))
 # Failed units that an error names; the rest are counted.
 NAMED = 3
 # Seconds that a process which is told to end has for telling Prefect so. A unit in the midst of sampling
@@ -66,8 +68,7 @@ DEFAULT_EXECUTION = ExecutionConfig()
 @flow(
     name="build-dataset",
     flow_run_name="{build.name}",
-    # Prefect declares its runners for the exact kind of future that they hand out, its flows for any.
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def build_dataset(
     build: BuildConfig, execution: ExecutionConfig = DEFAULT_EXECUTION, store: str = STORE

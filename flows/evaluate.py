@@ -1,12 +1,10 @@
 """The flow `evaluate`: the images of a finished run get figures by other settings, or by another judge."""
 
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
 from flows.form import STORE, MaybeName, Name
 from flows.growth import evaluated
 from negfacediff_core.config import EvaluationConfig, ExecutionConfig
@@ -17,7 +15,7 @@ DEFAULT_EVALUATION = EvaluationConfig()
 @flow(
     name="evaluate",
     flow_run_name="{run}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def evaluate(
     run: Name,

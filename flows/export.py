@@ -4,14 +4,13 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION
 from flows.export_pages import PAGES, lineage_of, pages_of
+from flows.form import STORE, Name
 from flows.grow import grow_dataset
 from flows.progress import CallbackBar
 from flows.words import command_text, count_text
@@ -39,15 +38,15 @@ _HASHERS = 4
 @flow(
     name="export-dataset",
     flow_run_name="{run}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def export_dataset(
-    run: str,
+    run: Name,
     out: str,
     settings: ExportConfig = DEFAULT_SETTINGS,
     refill: bool = False,
     execution: ExecutionConfig = DEFAULT_EXECUTION,
-    store: str = "store",
+    store: str = STORE,
 ) -> dict[str, Any]:
     """Write the images of `run` that `settings` ask for to a new folder `out`, with all that goes with them.
 

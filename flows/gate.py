@@ -2,14 +2,12 @@
 
 import io
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as pq
 from prefect import flow
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, meter_of, run_groups
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, meter_of, run_groups
 from flows.leakage import GateRecord, gate_names
 from flows.progress import CallbackBar
 from flows.results import figures_of, report_of, seconds_of, write_page
@@ -35,7 +33,7 @@ SHOWN = 20
 @flow(
     name="leakage-gate",
     flow_run_name="{run}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def leakage_gate(
     store: str, run: str, settings: LeakageConfig, execution: ExecutionConfig = DEFAULT_EXECUTION

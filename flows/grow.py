@@ -1,12 +1,10 @@
 """The flow `grow_dataset`: a run of a store gets more identities, more images of each, or both."""
 
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
 from flows.form import STORE, More, Name
 from flows.growth import grown
 from negfacediff_core.config import ExecutionConfig
@@ -15,7 +13,7 @@ from negfacediff_core.config import ExecutionConfig
 @flow(
     name="grow-dataset",
     flow_run_name="{run}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def grow_dataset(
     run: Name,

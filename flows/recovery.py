@@ -3,11 +3,9 @@
 from typing import Any, cast
 
 from prefect import flow, get_run_logger
-from prefect.futures import PrefectFuture
 from prefect.states import Completed
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.build import CHUNKS_AT_ONCE, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
 from flows.form import STORE, MaybeName
 from flows.gate import leakage_gate
 from flows.leakage import GateRecord, on_cpu
@@ -19,7 +17,7 @@ from negfacediff_core.config import ExecutionConfig
 @flow(
     name="resume-failed",
     flow_run_name="resume-failed {run}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=CHUNKS_AT_ONCE)),
+    task_runner=CHUNK_RUNNER,
 )
 def resume_failed(
     run: MaybeName = "",

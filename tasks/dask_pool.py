@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds between two looks at who is there.
 LOOK = 2.0
+# Seconds for a look that is under way when the pool closes; a scheduler that is gone does not answer it.
+LAST_LOOK = 5.0
 # Modules of the project that a worker may turn out not to have.
 PACKAGES = ("negfacediff_core", "tasks")
 
@@ -70,6 +72,7 @@ def dask_pool(cluster: Cluster) -> Iterator[Pool]:
             yield Pool(pool.submit, pool.capacity, pool.ask)
         finally:
             pool.close()
+            watch.join(LAST_LOOK)
 
 
 class _DaskPool:

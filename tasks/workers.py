@@ -68,12 +68,20 @@ class Roster(NamedTuple):
 
 
 def look(client: "Client") -> Roster:
-    """Return the workers that the scheduler of a client has, and that take work."""
-    found = client.scheduler_info(n_workers=-1)["workers"]
+    """Return the workers that the scheduler of a client has, and that take work.
+
+    Raises
+    ------
+    ConnectionError
+        The client has lost its scheduler, or is closed.
+    """
+    known = client.scheduler_info(n_workers=-1)
+    if "workers" not in known:
+        raise ConnectionError(f"{client} has no scheduler.")
     return Roster(
         tuple(
             Worker(address, str(one["name"]), one["nthreads"], int(one["resources"].get(GPU, 0)))
-            for address, one in sorted(found.items())
+            for address, one in sorted(known["workers"].items())
             if one["status"] == "running"
         )
     )

@@ -91,6 +91,13 @@ def test_without_other_workers_the_spare_threads_of_those_with_gpus_are_taken(tm
     assert (roster.slots(gpu=True), roster.slots(gpu=False)) == (4, 5)
 
 
+def test_nobody_looks_for_workers_after_the_end_of_a_pool():
+    with cluster_of(one=PLAIN) as cluster:
+        with pool_on(cluster):
+            assert "workers" in {thread.name for thread in threading.enumerate()}
+        assert "workers" not in {thread.name for thread in threading.enumerate()}
+
+
 def test_where_no_worker_has_a_gpu_all_run_on_all(tmp_path):
     with cluster_of(one=PLAIN, two=PLAIN) as cluster, pool_on(cluster) as pool:
         assert work(pool, tmp_path, gpu=True, count=12) == {"one", "two"}

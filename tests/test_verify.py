@@ -27,6 +27,14 @@ FIRST = Unit(0, 0)
 FAR = Unit(1, 1)
 
 
+def make_all(specs):
+    """Commit every unit of stages."""
+    for spec in specs:
+        shards.prepare(spec)
+        for unit in spec.grid.units():
+            make(spec, unit)
+
+
 def made_stages(place):
     """A store of 6 x 8 samples, aligned crops in the same units, and an evaluation in one; all committed."""
     store = str(place)
@@ -42,10 +50,7 @@ def made_stages(place):
     )
     evaluation = replace(evaluation, grid=Grid(6, 1, 6, 1))
     specs = {spec.name: spec for spec in (samples, aligned, evaluation)}
-    for spec in specs.values():
-        shards.prepare(spec)
-        for unit in spec.grid.units():
-            make(spec, unit)
+    make_all(specs.values())
     bind(store, "first", specs)
     return specs
 
@@ -247,10 +252,7 @@ def test_what_was_compared_with_a_gallery_was_made_from_all_of_it(stages):
     )
     leakage = replace(leakage, grid=Grid(6, 1, 6, 1))
     gate = {spec.name: spec for spec in (gallery, neighbours, leakage)}
-    for spec in gate.values():
-        shards.prepare(spec)
-        for unit in spec.grid.units():
-            make(spec, unit)
+    make_all(gate.values())
     bind(samples.store, "first.leakage", gate)
     # images 8 to 11: the run has six identities
     derived = forget_units(samples.store, {gallery.path: {Unit(2, 0)}})
