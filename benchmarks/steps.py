@@ -96,7 +96,7 @@ class Setup:
         """Images in the engine's batch, where only one is timed."""
         return self.once.get("best batch", 8 if self.kind == "cpu" else 256)
 
-    def seconds(self, work: Callable[[], Any], repeats: int = 2) -> float:
+    def seconds(self, work: Callable[[], Any], repeats: int = 3) -> float:
         """Time a call on the device."""
         return seconds_of(work, self.kind, 1 if self.quick else repeats)
 

@@ -17,13 +17,14 @@ from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.shards import prepare
 
 PRESET = Path(__file__).parents[1] / "deployments" / "presets" / "demo.yaml"
-IDENTITIES = 2
 
 
 def compare_units(device: str, precision: str, images: int) -> tuple[float, float, float]:
     """Seconds of the plain form, of the stage, and of the writing in it (by the clock), without loading."""
     values = yaml.safe_load(PRESET.read_text())
-    values |= {"identities": IDENTITIES, "images": 2 * images, "block_images": images}
+    # A unit holds a whole block of identities: as many are made by the plain form.
+    count = values["block_identities"]
+    values |= {"identities": count, "images": 2 * images, "block_images": images}
     values["samples"]["precision"] = precision
     build = BuildConfig.model_validate(values)
     execution, kind = ExecutionConfig(device=device), device.partition(":")[0]
@@ -36,7 +37,7 @@ def compare_units(device: str, precision: str, images: int) -> tuple[float, floa
         run_unit(specs["samples"], Unit(0, 1), execution)  # loads the networks
         records = []
         here = seconds_of(lambda: records.append(run_unit(specs["samples"], Unit(0, 0), execution)), kind)
-        identities = np.arange(IDENTITIES)
+        identities = np.arange(count)
         contexts = contexts_of(specs["contexts"], identities)
         chosen = stored_negatives(specs["negatives"], identities).index[:, 0]
         negatives = contexts_of(specs["contexts"], chosen)

@@ -115,6 +115,19 @@ def test_other_images_may_come_in_any_pieces():
     assert sum(seen) == valid.sum()
 
 
+def test_counts_move_on_before_a_bin_overflows(monkeypatch):
+    embeddings, valid = faces(12, 5)
+    own, others = images_of(embeddings, valid, range(6)), images_of(embeddings, valid, range(6, 12))
+    whole = score_band(own, [others], rows=3)
+    moves = []
+    monkeypatch.setattr(bands, "_MOST_COUNTED", 30)
+    move_on = bands._Counter._move_on
+    monkeypatch.setattr(bands._Counter, "_move_on", lambda self: moves.append(move_on(self)))
+    for one, other in zip(score_band(own, [others], rows=3), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(moves) > 10
+
+
 def test_every_score_has_its_bin():
     scores = np.array([-1.0, -1 + 2 / BINS, 0.0, 1.0 - 2 / BINS, 1.0, 1.0 + 1e-7, -1.0 - 1e-7])
     np.testing.assert_array_equal(bins_of(scores), [0, 1, BINS // 2, BINS - 1, BINS - 1, BINS - 1, 0])

@@ -34,6 +34,8 @@ PARTNERS = 2
 #: Rows of a tile; it has four times as many columns, 16 MiB of scores.
 TILE_ROWS = 1024
 _COLUMNS_A_ROW = 4
+# Scores that a bin of 32 bits can hold.
+_MOST_COUNTED = 2**31 - 1
 
 
 class Images(NamedTuple):
@@ -69,7 +71,7 @@ def band_bytes(images: int, width: int) -> int:
     """Most bytes that scoring a band of that many images takes at a time, whatever the size of the set."""
     columns = _COLUMNS_A_ROW * TILE_ROWS
     vectors = 2 * 4 * width * (images + 2 * columns)  # as read, and of unit length
-    tile = TILE_ROWS * columns * (4 + 4)
+    tile = TILE_ROWS * columns * (4 + 8)
     return vectors + 16 * width * TILE_ROWS + tile + 5 * 8 * BINS + 2 * 8 * width**2
 
 
@@ -202,9 +204,13 @@ class _Counter:
 
     def __init__(self, device: torch.device, rows: int) -> None:
         # one bin more than there are: for scores of 1 and what rounding puts above
-        self._counts = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
+        self._total = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
+        # Counting in 32 bits takes two thirds of the time; what is counted moves on before it could overflow.
+        self._counts = torch.zeros(BINS + 1, dtype=torch.int32, device=device)
+        self._room = _MOST_COUNTED
         self._scores = torch.empty(_COLUMNS_A_ROW * rows * rows, device=device)
-        self._bins = torch.empty(_COLUMNS_A_ROW * rows * rows, dtype=torch.int32, device=device)
+        self._bins = torch.empty(_COLUMNS_A_ROW * rows * rows, dtype=torch.int64, device=device)
+        self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def add(self, left: torch.Tensor, right: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
         """Count the scores of unit rows `(M, D)` and `(N, D)`; of all, or of the `wanted` `(M, N)`."""
@@ -215,7 +221,10 @@ class _Counter:
         # as `bins_of`: casting cuts towards 0, which is down, and puts what rounding left below -1 in bin 0
         bins.copy_(scores.add_(1).mul_(BINS / 2))
         counted = bins.view(-1) if wanted is None else bins[wanted]
-        self._counts += torch.bincount(counted, minlength=BINS + 1)
+        if len(counted) > self._room:
+            self._move_on()
+        self._room -= len(counted)
+        self._counts.scatter_add_(0, counted, self._one.expand(len(counted)))
 
     def add_inside(
         self, band: torch.Tensor, identity: NDArray[np.int64], rows: slice, columns: slice
@@ -229,6 +238,12 @@ class _Counter:
 
     def counts(self) -> NDArray[np.int64]:
         """The counts `(BINS,)`."""
-        counts = self._counts.cpu().numpy()
+        self._move_on()
+        counts = self._total.cpu().numpy()
         counts[BINS - 1] += counts[BINS]
         return counts[:BINS]
+
+    def _move_on(self) -> None:
+        self._total += self._counts
+        self._counts.zero_()
+        self._room = _MOST_COUNTED
