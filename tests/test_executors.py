@@ -194,6 +194,7 @@ def far_away(tmp_path):
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_workers_of_a_scheduler_elsewhere_dies_once_a_round(
     by_one_thread, far_away, tmp_path
 ):

@@ -191,6 +191,7 @@ def marked(log: Path, mark: str) -> Counter[str]:
     return Counter(line.removeprefix(mark).strip() for line in lines if line.startswith(mark))
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_promptly_and_the_same_command_goes_on(tiny_build, tmp_path):
     preset = tmp_path / "tiny.yaml"
     preset.write_text(yaml.safe_dump(tiny_build.model_dump()))

@@ -185,6 +185,7 @@ def kill_at_random(
         assert_equal(lives.specs, whole[0])
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_a_build_comes_to_the_same_dataset(tiny_build, whole_build, tmp_path):
     kill_at_random(tiny_build, THREADS, whole_build, kills=10, folder=tmp_path)
 
