@@ -12,6 +12,7 @@ from flows.leakage import GateRecord, gate_names
 from flows.progress import CallbackBar
 from flows.results import figures_of, report_of, seconds_of, write_page
 from flows.resume import build_of
+from flows.turns import turn
 from negfacediff_core.config import ExecutionConfig, LeakageConfig, Policy
 from negfacediff_core.contexts.images import read_image
 from negfacediff_core.evaluation.pair_sheet import Pair, pair_sheet
@@ -49,6 +50,14 @@ def leakage_gate(
     (policy drop). Raises as `plan_gate` and `build_dataset`.
     """
     gate = plan_gate(store, run, settings)
+    with turn(store):
+        return _compared(gate, store, run, settings, execution)
+
+
+def _compared(
+    gate: Gate, store: str, run: str, settings: LeakageConfig, execution: ExecutionConfig
+) -> dict[str, Any]:
+    """Make the gate's stages, and what its policy asks for."""
     for spec in gate.stages.values():
         prepare(spec)
     asked = GateRecord(run=run, settings=settings)

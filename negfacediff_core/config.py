@@ -55,9 +55,14 @@ def _for_forms(schema: dict[str, Any]) -> None:
     for field in schema.get("properties", {}).values():
         if field.get("default", "") is None:
             del field["default"]
-        limits = [f"{said} {field[key]:,}" for key, said in words.items() if key in field]
+        limits = [f"{said} {_plain(field[key])}" for key, said in words.items() if key in field]
         if limits and "Allowed" not in field["description"]:
             field["description"] = f"{field['description']} Allowed: {' '.join(limits)}."
+
+
+def _plain(number: float) -> str:
+    """Write a limit as people do: 1,000,000 and 0.5."""
+    return f"{int(number) if number == int(number) else number:,}"
 
 
 class Model(BaseModel):
@@ -144,6 +149,14 @@ class Sampler(StrEnum):
     ddpm = "ddpm"
     dpm_solver = "dpm_solver"
     dpm_solver_2s = "dpm_solver_2s"
+
+
+class Spacing(StrEnum):
+    """Where a DPM-Solver++ spends its steps: evenly in time, in log-SNR, or as arXiv 2206.00364 does."""
+
+    karras = "karras"
+    log_snr = "log_snr"
+    time = "time"
 
 
 class Weight(StrEnum):
@@ -355,6 +368,11 @@ class SamplesConfig(Model):
         description="The sampler. dpm_solver is DPM-Solver++(2M), dpm_solver_2s its single-step form.",
     )
     steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps; ddpm always takes all of T.")
+    spacing: Spacing = Field(
+        default=Spacing.karras,
+        description="Where dpm_solver spends its steps: karras, or evenly in the log of the signal-to-noise "
+        "ratio (log_snr) or in time; docs/fewer_steps.md compares them.",
+    )
     precision: Precision = Field(
         default=Precision.fp32,
         description="Number format of the networks: fp32 or bf16; tf32 or fp16 on a GPU alone.",
@@ -496,7 +514,7 @@ class EvaluationConfig(Model):
 
 
 class BuildConfig(Model):
-    """One synthetic dataset. All but `name`, the extents and the blocks changes what an image looks like."""
+    """One synthetic dataset. All but name, size and work units changes what an image looks like."""
 
     name: str = Field(
         default="dataset",
@@ -506,12 +524,25 @@ class BuildConfig(Model):
     )
     identities: int = Field(default=10_050, ge=2, le=10_000_000, description="Identities to make.")
     images: int = Field(default=50, ge=1, le=10_000, description="Images of each identity.")
-    contexts: ContextsConfig = Field(default_factory=ContextsConfig, description="Identity contexts.")
-    negatives: NegativesConfig = Field(default_factory=NegativesConfig, description="Negative contexts.")
-    samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Sampling.")
-    aligned: AlignedConfig = Field(default_factory=AlignedConfig, description="Detection and alignment.")
-    embeddings: EmbeddingsConfig = Field(default_factory=EmbeddingsConfig, description="Embedding.")
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Evaluation.")
+    contexts: ContextsConfig = Field(
+        default_factory=ContextsConfig, description="Identity contexts: one unit vector an identity."
+    )
+    negatives: NegativesConfig = Field(
+        default_factory=NegativesConfig,
+        description="Negative contexts: which other identity each identity is pushed away from.",
+    )
+    samples: SamplesConfig = Field(
+        default_factory=SamplesConfig, description="Sampling: which network makes the images, and how."
+    )
+    aligned: AlignedConfig = Field(
+        default_factory=AlignedConfig, description="How faces are found in the images and aligned."
+    )
+    embeddings: EmbeddingsConfig = Field(
+        default_factory=EmbeddingsConfig, description="Who judges the aligned faces, and which are kept."
+    )
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="Which figures are computed."
+    )
     block_identities: int = Field(
         default=8, ge=1, le=4096, description="Identities in one work unit; a store keeps its first choice."
     )
@@ -538,11 +569,11 @@ class BuildConfig(Model):
 class ExecutionConfig(Model):
     """How a build runs. Nothing here changes a pixel, beyond the tolerance of another batch size."""
 
-    executor: str = Field(
+    executor: Annotated[str, BeforeValidator(lambda value: "threads" if value == "" else value)] = Field(
         default="threads",
-        pattern=r"^(threads|dask|cuda|slurm|kubernetes|(tcp|tls|ucx|ws|wss)://\S+)$",
+        pattern=r"^(|threads|dask|cuda|slurm|kubernetes|(tcp|tls|ucx|ws|wss)://\S+)$",
         description="threads, dask (local processes), cuda (a process a GPU), slurm (a worker a job), "
-        "kubernetes (a worker a pod), or a Dask scheduler's address.",
+        "kubernetes (a worker a pod), or a Dask scheduler, as tcp://scheduler:8786. Empty: threads.",
     )
     workers: int = Field(
         default=0,

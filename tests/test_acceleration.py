@@ -1,6 +1,9 @@
 """Ways to evaluate the network. CUDA graphs are stood in for by one that runs what was captured again."""
 
 import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -91,6 +94,28 @@ def test_nothing_is_left_but_eager_where_all_fail(unet, inputs, ways, caplog):
 
 
 @torch.inference_mode()
+def test_threads_that_share_a_network_give_up_a_way_once(unet, inputs, ways, caplog):
+    together = threading.Barrier(4)
+
+    def slow_to_fail(eager):
+        time.sleep(0.05)
+        raise RuntimeError("no such kernel")
+
+    ways |= {"quick": slow_to_fail, "slower": lambda eager: lambda *given: eager(*given)}
+    network = Accelerated(unet, ("quick", "slower", "eager"), 1e-4)
+
+    def evaluate(_):
+        together.wait()
+        with torch.inference_mode():
+            return network(*inputs)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(evaluate, range(4)))
+    assert all(torch.equal(one, network.eager(*inputs)) for one in found)
+    assert network.way == "slower" and len(caplog.records) == 1
+
+
+@torch.inference_mode()
 def test_too_little_memory_is_no_reason_to_take_another_way(unet, inputs, ways):
     def full(*given):
         raise torch.OutOfMemoryError("full")
@@ -141,7 +166,8 @@ def graphed(unet, monkeypatch):
         return out
 
     @contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, stream):
+        assert isinstance(stream, Stream)
         yield
         graph.evaluate, (graph.given, graph.out) = unet, last
         Replaying.captures += 1
@@ -186,3 +212,13 @@ def test_only_some_graphs_are_kept(unet, graphed):
     assert Replaying.captures == 5
     graphed(torch.randn(1, 3, 8, 8), 40, unet.project_context(torch.randn(1, 16)))
     assert Replaying.captures == 6
+
+
+@torch.inference_mode()
+def test_a_graph_that_holds_nothing_is_not_taken(unet, graphed, ways, caplog, monkeypatch):
+    monkeypatch.setattr(Replaying, "replay", lambda self: None)
+    ways["graphs"] = lambda eager: graphed
+    network = Accelerated(unet, ("graphs", "eager"), 1e-4)
+    x, context = torch.randn(2, 3, 8, 8), unet.project_context(torch.randn(2, 16))
+    assert torch.equal(network(x, 40, context), unet(x, 40, context))
+    assert network.way == "eager" and "differs by nan" in caplog.text

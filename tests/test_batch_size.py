@@ -82,6 +82,9 @@ def test_a_batch_size_is_remembered_for_the_same_gpu_and_needs(engine, gpu, tmp_
         return engine.batch_size
 
     assert recalled() == 256
+    engine.batch_size = 16  # another program took the memory for a while
+    batch_sizes.remember(engine, None)
+    assert recalled() == 256
     assert recalled(torch.zeros(4, 2, 16).numpy()) == 0
     gpu.total_memory = 8 << 30
     assert recalled() == 0

@@ -287,6 +287,15 @@ def test_images_that_are_not_finite_are_marked(generator, rows):
     assert np.isnan(samples.clipped).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_latents_that_are_not_finite_are_marked(generator, rows, value):
+    unet = copy.deepcopy(generator.unet)
+    unet.final.bias.data[0] = value
+    damaged = Generator(**{**vars(generator), "unet": unet})
+    samples = SamplingEngine(damaged, SETTINGS).sample(*take(rows, np.array([0, 3])), seed=9)
+    assert np.isnan(samples.clipped).all()
+
+
 def test_no_rows_give_no_images(generator, rows):
     samples = SamplingEngine(generator, SETTINGS).sample(*take(rows, np.array([], np.int64)), seed=9)
     assert samples.images.shape == (0, 16, 16, 3) and samples.clipped.shape == (0,)
@@ -303,6 +312,7 @@ def test_rows_that_do_not_fit_are_refused(generator, rows):
         ((contexts, negatives, shares[:, :1]), r"shares have shape \(7, 1\).*\(7, 2\)"),
         ((contexts, negatives, shares, identities, replicates[:3]), "7 identities and 3 replicates"),
         ((nan, negatives, shares), "contexts hold NaN or infinity, first for identity 1"),
+        ((contexts, negatives, shares, identities - 1), r"identities must lie in \[0, 2\^32\), but .* -1"),
         ((contexts, None, None), "weight is 0.5 but no negatives"),
         ((contexts, negatives, None), "Negatives and their shares"),
         ((None, negatives, shares), "without contexts"),

@@ -71,6 +71,7 @@ FIELDS = {
     "samples__transform": ("idperturb", "samples", {}),
     "samples__lower_bound": (0.5, "samples", {"samples__transform": "idperturb"}),
     "samples__safe": (True, "samples", {"samples__transform": "idperturb"}),
+    "samples__spacing": ("time", "samples", {"samples__sampler": "dpm_solver"}),
     "samples__ddim_alpha": ("paper", "samples", {}),
     "samples__final_noise": ("paper", "samples", {"samples__sampler": "ddpm"}),
     "samples__precision": ("bf16", "samples", {}),
@@ -285,9 +286,14 @@ def test_how_a_build_runs_changes_neither_place_nor_pixels(field, one_unit, tiny
 INERT = [
     (
         {"samples__sampler": "ddpm"},
-        {"samples__steps": 7, "samples__eta": 0.5, "samples__ddim_alpha": "paper"},
+        {
+            "samples__steps": 7,
+            "samples__eta": 0.5,
+            "samples__ddim_alpha": "paper",
+            "samples__spacing": "time",
+        },
     ),
-    ({"samples__sampler": "ddim"}, {"samples__final_noise": "paper"}),
+    ({"samples__sampler": "ddim"}, {"samples__final_noise": "paper", "samples__spacing": "time"}),
     *(
         (
             {"samples__sampler": sampler},

@@ -23,6 +23,7 @@ from negfacediff_core.diffusion.samplers import (
     dpm_solver_2s,
 )
 from negfacediff_core.diffusion.schedule import cosine, cosine_warped, linear, schedule_from_config
+from negfacediff_core.diffusion.spacing import SPACINGS, spaced_timesteps
 from negfacediff_core.errors import ConfigError
 
 WEIGHT_NAMES = {"const": "constant", "adaptive": "adaptive", "reverse": "reverse"}
@@ -279,23 +280,73 @@ def test_ddpm_equals_diffusers(monkeypatch):
     assert torch.allclose(found, x, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 15, 20, 27])
 @pytest.mark.parametrize(
     ("sampler", "scheduler"),
     [(dpm_solver, DPMSolverMultistepScheduler), (dpm_solver_2s, DPMSolverSinglestepScheduler)],
 )
-def test_dpm_solvers_equal_diffusers(sampler, scheduler, steps):
+def test_dpm_solvers_equal_diffusers(sampler, scheduler, steps, spacing):
     theirs = scheduler(1000, 1e-4, 0.02, "linear", solver_order=2, final_sigmas_type="zero")
-    theirs.set_timesteps(steps)
     start = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     x, visited = start, []
+    found = sampler(
+        wavy_eps, start, linear(1000), no_noise, steps, spacing, lambda done, t, x: visited.append(t)
+    )
+    if spacing == "time":
+        theirs.set_timesteps(steps)
+        assert visited == theirs.timesteps.tolist()
+    else:  # their own Karras sigmas lie between the timesteps that a network knows
+        theirs.set_timesteps(timesteps=visited)
     for t in theirs.timesteps:
         x = theirs.step(wavy_eps(x, int(t)), t, x).prev_sample
-    found = sampler(
-        wavy_eps, start, linear(1000), no_noise, steps, callback=lambda done, t, x: visited.append(t)
-    )
-    assert visited == theirs.timesteps.tolist()
     assert torch.allclose(found, x, rtol=0, atol=1e-3)
+
+
+@given(st.sampled_from([linear, cosine]), st.sampled_from(list(SPACINGS)), st.integers(25, 1000), st.data())
+@settings(max_examples=100, deadline=None)
+def test_spaced_timesteps_fall_from_the_noisiest_and_never_meet(schedule, spacing, T, data):
+    steps = data.draw(st.integers(1, T))
+    alpha_bars = schedule(T).alpha_bars.numpy()
+    timesteps = spaced_timesteps(spacing, np.log(alpha_bars / (1 - alpha_bars)) / 2, steps)
+    assert len(timesteps) == steps and timesteps[0] == T - 1 and timesteps[-1] >= 0
+    assert (np.diff(timesteps) < 0).all()
+
+
+def test_spacings_step_evenly_in_what_they_say():
+    alpha_bars = linear(100_000).alpha_bars.numpy()
+    lambdas = np.log(alpha_bars / (1 - alpha_bars)) / 2
+    for spacing, measure in (
+        ("time", np.arange(100_000.0)),
+        ("log_snr", lambdas),
+        ("karras", np.exp(-lambdas) ** (1 / 7)),
+    ):
+        length = np.diff(measure[[*spaced_timesteps(spacing, lambdas, 10), 0]])
+        np.testing.assert_allclose(length, length.mean(), rtol=2e-2)
+
+
+def test_karras_spacing_comes_nearest_on_the_cosine_schedule():
+    """Of 20 evaluations, to the exact flow to data in two places, as images of few identities are."""
+    schedule, z = cosine(1000), torch.linspace(-2, 2, 40, dtype=torch.float64)
+
+    def eps_model(x, t):
+        ab = schedule.alpha_bars[t]
+        variance = ab * 0.1**2 + 1 - ab
+        away = torch.stack([x - ab.sqrt(), x + ab.sqrt()])
+        share = (-away.square() / (2 * variance)).softmax(dim=0)
+        return (1 - ab).sqrt() * (share * away).sum(dim=0) / variance
+
+    fine = ddim(eps_model, z, schedule, no_noise, 1000)
+    error = {
+        name: (dpm_solver(eps_model, z, schedule, no_noise, 20, name) - fine).abs().mean()
+        for name in SPACINGS
+    }
+    assert error["karras"] < error["time"] / 2 and error["log_snr"] < error["time"]
+
+
+def test_an_unknown_spacing_is_refused():
+    with pytest.raises(ConfigError, match="spacing is 'even'; choose one of karras, log_snr, time"):
+        dpm_solver(wavy_eps, torch.zeros(1), linear(10), no_noise, 3, "even")
 
 
 @given(st.integers(1, 300), st.data())

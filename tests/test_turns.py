@@ -9,7 +9,7 @@ import pytest
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import turns
+from flows import build, gate, turns
 
 
 def refusal(status):
@@ -86,3 +86,31 @@ def test_a_limit_is_named_after_its_store(tmp_path, monkeypatch):
     assert name != turns.turn_name("faces2")
     assert "faces" in name and name.startswith("store-") and len(name) < 60
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+class Taken(Exception):
+    pass
+
+
+@contextmanager
+def taken(store):
+    assert store == "somewhere"
+    raise Taken
+    yield
+
+
+def test_a_build_takes_the_turn_of_its_store(tiny_build, monkeypatch):
+    for name in ("stages_of", "record_run"):
+        monkeypatch.setattr(build, name, lambda *asked, **more: {"samples": None})
+    for name in ("prepare", "committed", "recorded_energy"):
+        monkeypatch.setattr(build, name, lambda *asked: None)
+    monkeypatch.setattr(build, "turn", taken)
+    with pytest.raises(Taken):
+        build.build_dataset.fn(tiny_build, store="somewhere")
+
+
+def test_a_gate_takes_the_turn_of_its_store(monkeypatch):
+    monkeypatch.setattr(gate, "plan_gate", lambda *asked: None)
+    monkeypatch.setattr(gate, "turn", taken)
+    with pytest.raises(Taken):
+        gate.leakage_gate.fn("somewhere", "run", None)

@@ -5,6 +5,7 @@ from call to call for a graph or a compiled network to pay.
 """
 
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -118,8 +119,10 @@ class GraphedNetwork:
                 self.eager.evaluate(x, steering, own)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # both say which GPU it is; without, it would be the first one
+        with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=self._pool, stream=stream):
             eps = self.eager.evaluate(x, steering, own)
+        eps.fill_(torch.nan)  # a replay that writes nothing must not pass for one
         return _Graph(graph, x, steering, own, eps, weakref.ref(context))
 
 
@@ -151,6 +154,8 @@ class Accelerated:
         self.way, *self._others = ways
         self._network: Network | None = None
         self._trusted: set[tuple[torch.Size, int]] = set()
+        # threads that share an engine on a CPU would each give up a way that fails
+        self._trying = threading.Lock()
 
     def __call__(self, x: Tensor, t: int, context: ProjectedContext) -> Tensor:
         """Evaluate the network."""
@@ -159,11 +164,12 @@ class Accelerated:
         shape = x.shape, context.rows
         if self._network is not None and shape in self._trusted:
             return self._network(x, t, context)
-        begun = time.perf_counter()
-        try:
-            return self._first(x, t, context)
-        finally:
-            self.warm_up += time.perf_counter() - begun
+        with self._trying:
+            begun = time.perf_counter()
+            try:
+                return self._first(x, t, context)
+            finally:
+                self.warm_up += time.perf_counter() - begun
 
     def forget(self) -> None:
         """Give up graphs and compiled networks, whose shapes will not come again, and their memory."""

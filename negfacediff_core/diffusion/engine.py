@@ -26,6 +26,7 @@ from negfacediff_core.diffusion.transfer import Landing, to_device
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.images import to_uint8
 from negfacediff_core.noise import gaussian
+from negfacediff_core.stopping import heed
 
 #: The weight that follows a curve of one's own.
 PIECEWISE = "piecewise"
@@ -52,6 +53,7 @@ class SamplerSettings:
     sampler: str = "ddim"
     steps: int = 200
     eta: float = 0.0
+    spacing: str = "karras"
     ddim_alpha: str = "exact"
     final_noise: str = "exact"
     w: float = 0.5
@@ -64,8 +66,8 @@ class SamplerSettings:
 class Samples(NamedTuple):
     """`images` `(N, H, W, 3)` uint8 RGB, and `clipped` `(N,)` float32.
 
-    `clipped` is the share of the decoder's values that lay outside [-1, 1]; NaN marks an image with values
-    that are not finite, whose pixels mean nothing.
+    `clipped` is the share of the decoder's values that lay outside [-1, 1]; NaN marks an image of which a
+    value, or one of its latent, is not finite, and whose pixels mean nothing.
     """
 
     images: NDArray[np.uint8]
@@ -203,7 +205,8 @@ class SamplingEngine:
         for latents in self._latents(rows, seed).split(DECODED_AT_ONCE[self.device.type]):
             decoded = self.decoder(latents)
             share = (decoded.abs() > 1.0).float().mean(dim=(1, 2, 3))
-            finite = decoded.isfinite().all(dim=3).all(dim=2).all(dim=1)
+            # the codebook has a code for everything: what is not finite is not so any more behind it
+            finite = latents.isfinite().flatten(1).all(dim=1) & decoded.isfinite().flatten(1).all(dim=1)
             clipped.append(share.where(finite, torch.nan))
             images.append(to_uint8(decoded.nan_to_num()))
         return Landing(torch.cat(images)), Landing(torch.cat(clipped))
@@ -220,7 +223,8 @@ class SamplingEngine:
         sampler = SAMPLERS[self.settings.sampler]
         options = {name: getattr(self.settings, name) for name in sampler.options}
         eps_model = self._eps_model(rows, self.network)
-        return sampler.sample(eps_model, noise(schedule.T), schedule, noise, **options)
+        start = noise(schedule.T)
+        return sampler.sample(eps_model, start, schedule, noise, callback=_between_steps, **options)
 
     def _eps_model(self, rows: Rows, network: Network) -> EpsModel:
         """Project each row's context, and what it is guided away from; every distinct vector once."""
@@ -259,6 +263,10 @@ class SamplingEngine:
         eps_model = self._eps_model(rows.filled(0, size), self.network.eager)
         eps_model(x, int(guided_at * (self.generator.schedule.T - 1)))
         self.decoder(x[: DECODED_AT_ONCE[self.device.type]])
+
+
+def _between_steps(done: int, t: int, x: Tensor) -> None:
+    heed()
 
 
 def _check_settings(generator: Generator, settings: SamplerSettings, batch_size: int) -> None:

@@ -38,6 +38,11 @@ def check_rows(rows: Rows, width: int, w: float) -> None:
     count = len(rows.identities)
     if len(rows.replicates) != count:
         raise ContextsError(f"{count} identities and {len(rows.replicates)} replicates do not pair up.")
+    for name, numbers in (("identities", rows.identities), ("replicates", rows.replicates)):
+        if count and not (numbers.min() >= 0 and numbers.max() < 1 << 32):
+            raise ContextsError(
+                f"The {name} must lie in [0, 2^32), but reach from {numbers.min()} to {numbers.max()}."
+            )
     negatives = 0 if rows.negatives is None else rows.negatives.shape[1]
     for name, values, expected in (
         ("contexts", rows.contexts, (count, width)),

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from negfacediff_core.diffusion.schedule import NoiseSchedule
+from negfacediff_core.diffusion.spacing import SPACINGS, spaced_timesteps
 from negfacediff_core.errors import ConfigError
 
 EpsModel = Callable[[Tensor, int], Tensor]
@@ -108,6 +110,7 @@ def dpm_solver(
     schedule: NoiseSchedule,
     noise: Noise,
     steps: int = 20,
+    spacing: str = "karras",
     callback: Callback = _no_callback,
 ) -> Tensor:
     """DPM-Solver++(2M), deterministic (arXiv 2211.01095, algorithm 2), from t = T - 1 down to the clean
@@ -116,9 +119,9 @@ def dpm_solver(
     With alpha = sqrt(ab), sigma = sqrt(1 - ab), lambda = log(alpha / sigma) and h = lambda_next - lambda_t:
     x_next = (sigma_next / sigma_t) x - alpha_next (e^-h - 1) D, where D is the clean latent predicted at t,
     extrapolated linearly in lambda by the one before it. The last step goes to sigma = 0, where x is that
-    prediction. `noise` is not used.
+    prediction. `spacing` is a row of `spacing.SPACINGS`; `noise` is not used.
     """
-    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver", schedule, steps)
+    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver", schedule, steps, spacing)
     before, h_before = x, 0.0
     for done, t in enumerate(timesteps, start=1):
         clean = (x - sigmas[t] * eps_model(x, t)) / alphas[t]
@@ -140,6 +143,7 @@ def dpm_solver_2s(
     schedule: NoiseSchedule,
     noise: Noise,
     steps: int = 20,
+    spacing: str = "karras",
     callback: Callback = _no_callback,
 ) -> Tensor:
     """DPM-Solver++(2S), deterministic (arXiv 2211.01095, algorithm 1), `steps` network calls.
@@ -150,7 +154,7 @@ def dpm_solver_2s(
     lambda_s, h_m = lambda_m - lambda_s. Steps that are left over, and the last, which goes to sigma = 0, are
     of first order. Notation and timesteps are those of `dpm_solver`; `noise` is not used.
     """
-    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver_2s", schedule, steps)
+    timesteps, alphas, sigmas, lambdas = _half_log_snr_grid("dpm_solver_2s", schedule, steps, spacing)
     pair: tuple[int, Tensor, Tensor] | None = None  # timestep, latent and prediction where a pair began
     for done, t in enumerate(timesteps, start=1):
         clean = (x - sigmas[t] * eps_model(x, t)) / alphas[t]
@@ -171,15 +175,17 @@ def dpm_solver_2s(
 
 
 def _half_log_snr_grid(
-    name: str, schedule: NoiseSchedule, steps: int
+    name: str, schedule: NoiseSchedule, steps: int, spacing: str
 ) -> tuple[list[int], list[float], list[float], list[float]]:
     """Timesteps of a DPM-Solver from T - 1 downwards; alpha, sigma and lambda of every timestep of T."""
     if not 1 <= steps < schedule.T:
         raise ConfigError(f"{name} was asked for {steps} steps; this generator takes 1 to {schedule.T - 1}.")
-    timesteps = [round(i * (schedule.T - 1) / steps) for i in range(steps, 0, -1)]
+    if spacing not in SPACINGS:
+        raise ConfigError(f"spacing is {spacing!r}; choose one of {', '.join(SPACINGS)}.")
     alpha_bars = schedule.alpha_bars.tolist()
     alphas, sigmas = [math.sqrt(ab) for ab in alpha_bars], [math.sqrt(1.0 - ab) for ab in alpha_bars]
     lambdas = [math.log(alpha / sigma) for alpha, sigma in zip(alphas, sigmas, strict=True)]
+    timesteps = spaced_timesteps(spacing, np.array(lambdas), steps)
     return timesteps, alphas, sigmas, lambdas
 
 
@@ -199,6 +205,6 @@ class Sampler(NamedTuple):
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim, ("steps", "eta", "ddim_alpha"), lambda T: T),
     "ddpm": Sampler(ddpm, ("final_noise",), lambda T: T),
-    "dpm_solver": Sampler(dpm_solver, ("steps",), lambda T: T - 1),
-    "dpm_solver_2s": Sampler(dpm_solver_2s, ("steps",), lambda T: T - 1),
+    "dpm_solver": Sampler(dpm_solver, ("steps", "spacing"), lambda T: T - 1),
+    "dpm_solver_2s": Sampler(dpm_solver_2s, ("steps", "spacing"), lambda T: T - 1),
 }

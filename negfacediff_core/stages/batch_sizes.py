@@ -34,9 +34,9 @@ def recall(engine: SamplingEngine, negatives: Negatives) -> None:
 
 
 def remember(engine: SamplingEngine, negatives: Negatives) -> None:
-    """Keep the batch size that an engine found, or was brought down to."""
+    """Keep the batch size that an engine found; what a later lack of memory brings it down to is not kept."""
     sizes, key = _read(), _key(engine, negatives)
-    if sizes.get(key) == engine.batch_size:
+    if key in sizes:
         return
     path = batch_sizes_file()
     try:
