@@ -162,13 +162,18 @@ def step_error(setup: Setup, precision: str) -> float:
     return float((seen[0].float() - expected).norm() / expected.norm())
 
 
-def step_floor(setup: Setup, batch: int, precision: str) -> float:
-    """The floor of a guided step: operations that no sharing saves, or reading the weights once."""
+def pair_operations(setup: Setup) -> int:
+    """Operations of a guided step of one image, two evaluations, that no sharing saves."""
     with torch.device("meta"):
         unet = type(setup.generator.unet)(**SIZES[setup.size][0])
         x, t = torch.zeros(1, *setup.generator.latent_shape), torch.zeros(1)
         pair = unet.project_context(torch.zeros(2, setup.generator.context_width))
-        needed = operations_of(lambda: unet(x, t, pair))
+        return operations_of(lambda: unet(x, t, pair))
+
+
+def step_floor(setup: Setup, batch: int, precision: str) -> float:
+    """The floor of a guided step: operations that no sharing saves, or reading the weights once."""
     width = 4 if precision == "fp32" else 2
-    weights = sum(w.numel() for name, w in unet.named_parameters() if "c_proj_in" not in name)
-    return floor_seconds(batch * needed, width * weights, setup.rates, precision)
+    parameters = setup.generator.unet.named_parameters()
+    weights = sum(w.numel() for name, w in parameters if "c_proj_in" not in name)
+    return floor_seconds(batch * pair_operations(setup), width * weights, setup.rates, precision)

@@ -9,13 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from negfacediff_core.errors import WeightsError
+from negfacediff_core.config import ExecutionConfig, Precision
+from negfacediff_core.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from negfacediff_core.weights import Inspection
 
 LICENCE_UNKNOWN = "no licence lies beside these weights; usual ones of their kind, which a dataset inherits"
 WIDE = 140  # columns where no terminal sets them: a hash fits on its line
+# Images that number formats are compared by, and the steps of DDIM that make them.
+STRAYED, STEPS = 8, 20
 
 app = typer.Typer(
     name="weights",
@@ -27,6 +30,7 @@ app = typer.Typer(
 @app.command(
     epilog="Examples:\n\nnegfacediff weights check packs/demo/generator\n\n"
     "negfacediff weights check ~/.insightface/models/buffalo_l\n\n"
+    "negfacediff weights check weights/idiff-face --precision bf16 --device cuda\n\n"
     "negfacediff weights check first_stage.ckpt"
 )
 def check(
@@ -36,6 +40,14 @@ def check(
             help="A generator's folder, a model pack, or one file (.onnx, .ckpt, .pt, .safetensors)."
         ),
     ],
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(
+            help="Sample a few images with a generator in this number format, too, and tell how far they are "
+            "from float32; may be repeated."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where they are sampled: cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Show architecture, parameters, hashes and licence of weights, and run them once on the CPU.
 
@@ -44,7 +56,10 @@ def check(
     """
     from negfacediff_core.stages.models import resolve_weights
     from negfacediff_core.weights import USUAL_LICENCES, inspect_weights
+    from tasks.executors import check_available
 
+    if precision:
+        check_available(ExecutionConfig(device=device), *precision)
     folder = resolve_weights(str(folder))
     inspection = inspect_weights(folder)
     console = Console(width=None if sys.stdout.isatty() else WIDE)
@@ -55,7 +70,30 @@ def check(
     console.print()
     if inspection.problem:
         raise WeightsError(inspection.problem)
+    if precision:
+        console.print(_strayed(folder, [Precision(one) for one in precision], device))
+        console.print()
     console.print("[bold green]These weights work.")
+
+
+def _strayed(folder: Path, precisions: Sequence[Precision], device: str) -> Table:
+    """How far images in number formats are from those in float32, of STRAYED random identities."""
+    import numpy as np
+
+    from negfacediff_core.diffusion.checkpoint import load_generator
+    from negfacediff_core.diffusion.engine import SamplerSettings
+    from negfacediff_core.diffusion.precision_error import precision_error
+
+    generator = load_generator(folder, device)
+    if not generator.context_width:
+        raise ConfigError(f"{folder} takes no identity contexts: --precision compares images of identities.")
+    contexts = np.random.default_rng(0).standard_normal((STRAYED, generator.context_width), np.float32)
+    contexts /= np.linalg.norm(contexts, axis=1, keepdims=True)
+    table = _table("number format", "predictions differ by", "images differ by", "at most")
+    for one in precisions:
+        error = precision_error(generator, SamplerSettings(steps=STEPS), one, contexts, -contexts)
+        table.add_row(one, f"{error.eps:.1e}", f"{error.mean:.2f} of 255", f"{error.most}")
+    return table
 
 
 def _tables(inspection: "Inspection", folder: Path, usual: Sequence[str]) -> Iterator[Table]:

@@ -20,8 +20,8 @@ def release(tmp_path_factory):
     return folder
 
 
-# All thousand steps, a minute each; the others have the same fields.
-LONG = ("adaptdiff", "negfacediff-ddpm")
+# All thousand steps, a minute each, or the fields of frcsyn-500k.
+LONG = ("adaptdiff", "negfacediff-ddpm", "sdfr-1m", "datacv-10k", "datacv-20k", "datacv-100k")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_published_presets_differ_from_each_other_as_they_say():
             if builds[other][section][field] != value
         }
 
-    assert differences("negfacediff", "negfacediff-paper") == {"samples.ddim_alpha"}
+    assert differences("negfacediff", "negfacediff-paper") == {"samples.ddim_alpha", "samples.precision"}
     assert differences("negfacediff", "fast") == {"samples.sampler", "samples.steps"}
     assert differences("negfacediff-ddpm", "adaptdiff") == {"samples.w", "samples.weight"}
     assert differences("negfacediff", "idiff-face") == {"negatives.rule", "negatives.pool", "samples.w"}

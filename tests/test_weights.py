@@ -34,10 +34,10 @@ def generator(saved, tmp_path):
 def check(capsys):
     """Run `negfacediff weights check`: its exit code, what it shows and, if it fails, its last paragraph."""
 
-    def run(source):
+    def run(source, *words):
         code = 0
         try:
-            main(["weights", "check", str(source)])
+            main(["weights", "check", str(source), *words])
         except SystemExit as stop:
             code = stop.code
         shown = capsys.readouterr()
@@ -265,3 +265,23 @@ def test_the_configuration_is_what_is_shown(generator):
     path.write_text(yaml.safe_dump(config))
     facts = inspect_weights(generator).facts
     assert facts["condition"] == "CA" and "conditioned by" not in facts
+
+
+def test_how_far_a_number_format_strays_is_told(generator, check):
+    code, shown, _ = check(generator, "--precision", "bf16", "--precision", "fp32")
+    assert code == 0 and "predictions differ by" in shown
+    assert re.search(r"bf16 +[1-9]\.\de-0[1-3] +\d+\.\d\d of 255 +[1-9]", shown)
+    assert re.search(r"fp32 +0\.0e\+00 +0\.00 of 255 +0", shown)
+    assert "differ by" not in check(generator)[1]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--precision", "fp16"), "which a CPU does not have"),
+        (("--precision", "bf16", "--device", "cuda:9"), "cuda:9"),
+    ],
+)
+def test_a_number_format_that_cannot_be_had_is_refused_at_once(generator, check, words, said):
+    code, shown, error = check(generator, *words)
+    assert code == 2 and said in error and not shown
