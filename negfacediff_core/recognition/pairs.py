@@ -1,0 +1,115 @@
+"""Pair lists beside folders of aligned crops: LFW's `pairs.txt`, and CSV files of path1,path2,same."""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.recognition.crop_lists import encoded_crops
+from negfacediff_core.recognition.fold_accuracy import FOLDS, contiguous_folds, even_folds
+from negfacediff_core.recognition.pair_sets import PairSet, check_pairs
+
+#: Suffixes under which an image of `pairs.txt`, which names none, is looked for, in order.
+SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
+_YES, _NO = ("1", "true", "yes"), ("0", "false", "no")
+
+
+class _Pair(NamedTuple):
+    first: Path
+    second: Path
+    same: bool
+
+
+def read_pairs(path: Path, images: Path, name: str) -> PairSet:
+    """Read a pair list, `.csv` or in LFW's layout, of crops in the folder `images`.
+
+    An LFW list that begins with `10<TAB>N` has its folds: ten times N genuine and N impostor pairs. The pairs
+    of any other list are divided in ten folds with as many of each kind, in the order of the list. Raises
+    NegFaceDiffError, naming the file and line, for a list that is malformed or whose images are not there.
+    """
+    if not images.is_dir():
+        raise NegFaceDiffError(
+            f"there is no folder {images} with the images of {path}: name it after the list, "
+            f"{path},images=FOLDER"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NegFaceDiffError(f"the pair list {path} cannot be read: {error}") from error
+    pairs, has_folds = (
+        _csv_pairs(path, text, images) if path.suffix == ".csv" else _lfw_pairs(path, text, images)
+    )
+    if not pairs:
+        raise NegFaceDiffError(f"the pair list {path} holds no pairs")
+    same = np.array([pair.same for pair in pairs])
+    folds = contiguous_folds(len(pairs)) if has_folds else even_folds(same)
+    check_pairs(same, folds, str(path))
+    files: dict[Path, int] = {}
+    places = [[files.setdefault(file, len(files)) for file in (pair.first, pair.second)] for pair in pairs]
+    _check_there(list(files), path)
+    names = [str(file.relative_to(images)) for file in files]
+    return PairSet(name, encoded_crops(list(files), names, str(path)), np.array(places), same, folds)
+
+
+def _check_there(files: list[Path], path: Path) -> None:
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise NegFaceDiffError(
+            f"the pair list {path} names {len(missing):,} images that are not there, of {len(files):,} "
+            f"(first: {missing[0]}); name the folder of the images after the list, {path},images=FOLDER"
+        )
+
+
+def _csv_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:
+    """Pairs of a CSV of path1,path2,same; a first line whose third cell is no yes or no is its head."""
+    pairs = []
+    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
+        if not row or (number == 1 and len(row) == 3 and row[2].strip().lower() not in _YES + _NO):
+            continue
+        if len(row) != 3 or row[2].strip().lower() not in _YES + _NO:
+            raise NegFaceDiffError(
+                f"{path}, line {number}: {','.join(row)!r} is no pair; expected path1,path2,same, where same "
+                "is 1 or 0"
+            )
+        pairs.append(_Pair(images / row[0].strip(), images / row[1].strip(), row[2].strip().lower() in _YES))
+    return pairs, False
+
+
+def _lfw_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:
+    """Pairs of a list in LFW's layout: `name n1 n2` is genuine, `name1 n1 name2 n2` impostor."""
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    head: tuple[int, ...] = ()
+    if lines and all(word.isdigit() for word in lines[0][1]):
+        head = tuple(int(word) for word in lines.pop(0)[1])
+    pairs = [_lfw_pair(path, number, words, images) for number, words in lines]
+    if head:
+        folds, each = (1, *head)[-2:]
+        if len(pairs) != 2 * folds * each:
+            raise NegFaceDiffError(
+                f"{path} holds {len(pairs):,} pairs, and its first line says {2 * folds * each:,} ({folds} "
+                f"times {each:,} of the same person and {each:,} of different people): the list is cut short "
+                "or damaged"
+            )
+    return pairs, head[:1] == (FOLDS,) and len(head) == 2
+
+
+def _lfw_pair(path: Path, number: int, words: list[str], images: Path) -> _Pair:
+    """One line; NegFaceDiffError where it is none."""
+    faces = [(words[0], words[1]), (words[0], words[2])] if len(words) == 3 else []
+    if len(words) == 4:
+        faces = [(words[0], words[1]), (words[2], words[3])]
+    if not faces or not all(image.isdigit() for _, image in faces):
+        raise NegFaceDiffError(
+            f"{path}, line {number}: {' '.join(words)!r} is no pair; expected 'name n1 n2' (the same person) "
+            "or 'name1 n1 name2 n2' (different people)"
+        )
+    first, second = (_lfw_file(images, person, int(image)) for person, image in faces)
+    return _Pair(first, second, len(words) == 3)
+
+
+def _lfw_file(images: Path, person: str, number: int) -> Path:
+    """The file of an image; that of the first suffix where there is none."""
+    files = [images / person / f"{person}_{number:04}{suffix}" for suffix in SUFFIXES]
+    return next(filter(Path.is_file, files), files[0])
