@@ -16,14 +16,16 @@ from flows.progress import CallbackBar
 from flows.words import command_text, count_text
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.export.challenges import check_images, check_strangers
 from negfacediff_core.export.draft import Draft, draft, is_done
+from negfacediff_core.export.filter import taken
 from negfacediff_core.export.formats import FORMATS
 from negfacediff_core.export.licence import terms_of
 from negfacediff_core.export.manifest import MANIFEST, FileSum, checksums, manifest
 from negfacediff_core.export.selection import Selection, grown_extent, select
 from negfacediff_core.export.settings import ExportConfig
 from negfacediff_core.stages.exported import Job, check_exportable, job_of, usable_images
-from negfacediff_core.store.runs import stages_of_run
+from negfacediff_core.store.runs import read_run, stages_of_run
 from tasks.machine import usable_cores
 from tasks.pieces import written_pieces
 
@@ -60,6 +62,7 @@ def export_dataset(
         StoreError: if the run is not there, not complete or damaged, or `out` cannot be written.
         ConfigError: if there are too few images, or the format cannot hold them, or `out` is taken.
     """
+    check_strangers(settings.challenge, run, gated="gate" in (read_run(store, run) or {}))
     selection = _select(store, run, settings, execution if refill else None)
     job = job_of(stages_of_run(store, run), settings, selection)
     place = Path(out).absolute()
@@ -91,13 +94,17 @@ def _select(store: str, run: str, settings: ExportConfig, execution: ExecutionCo
         check_exportable(stages, settings, run)
         with CallbackBar("select", "units") as bar:
             usable = usable_images(stages, settings, bar)
-        chosen = select(usable, settings.min_images, settings.images_per_identity, settings.identities)
+        if settings.filter:
+            usable = taken(Path(settings.filter), usable)
+        identities, each = settings.extent
+        chosen = select(usable, settings.min_images, each, identities)
         if not chosen.lacking and len(chosen.identities):
+            check_images(settings.challenge, int(chosen.chosen.sum()), run)
             return chosen
         if execution is None or growth == _GROWTHS:
-            raise ConfigError(_too_few(store, run, settings, chosen, usable.shape))
+            raise ConfigError(_too_few(store, run, identities, chosen, usable.shape))
         grid = stages["samples"].grid
-        wanted = settings.identities or 1
+        wanted = identities or 1
         extent = grown_extent(usable, chosen.needed, wanted, (grid.block_identities, grid.block_replicates))
         grow_dataset(
             run=run,
@@ -109,9 +116,9 @@ def _select(store: str, run: str, settings: ExportConfig, execution: ExecutionCo
     raise AssertionError("the last growth has returned or raised")
 
 
-def _too_few(store: str, run: str, settings: ExportConfig, chosen: Selection, extent: tuple[int, ...]) -> str:
+def _too_few(store: str, run: str, identities: int, chosen: Selection, extent: tuple[int, ...]) -> str:
     """Say how many identities fall short, by how many images, and what can be done."""
-    asked = f"{settings.identities:,} identities" if settings.identities else "at least one identity"
+    asked = f"{identities:,} identities" if identities else "at least one identity"
     grow = command_text("grow", store, run)
     return (
         f"{asked} with {count_text(chosen.needed, 'usable image')} each were asked for, but of the "

@@ -10,6 +10,7 @@ from flows.resume import Store
 from flows.words import count_text, size_text
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.export.challenges import Challenge
 from negfacediff_core.export.settings import (
     Encoding,
     ExportConfig,
@@ -41,6 +42,8 @@ def export(
     min_images: Annotated[int, typer.Option(help=_HELP["min_images"])] = 1,
     images_per_identity: Annotated[int, typer.Option(help=_HELP["images_per_identity"])] = 0,
     identities: Annotated[int, typer.Option(help=_HELP["identities"])] = 0,
+    challenge: Annotated[Challenge, typer.Option(help=_HELP["challenge"])] = Challenge.none,
+    filter_: Annotated[str, typer.Option("--filter", metavar="FILE", help=_HELP["filter"])] = "",
     refill: Annotated[
         bool, typer.Option("--refill", help="Grow the run until there are as many as are asked for.")
     ] = False,
@@ -68,6 +71,8 @@ def export(
         min_images=min_images,
         images_per_identity=images_per_identity,
         identities=identities,
+        challenge=challenge,
+        filter=filter_,
     )
     if "://" in out:
         raise ConfigError(f"--out {out!r} is no local folder: export to one, and copy it from there.")

@@ -1,7 +1,9 @@
 """What an export says of itself: where it comes from, and its pages."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from flows.results import figure_rows, figures_of, licences_of
@@ -32,7 +34,8 @@ def lineage_of(store: str, run: str, job: Job) -> dict[str, Any]:
         "made": datetime.fromtimestamp(newest, UTC).date().isoformat(),
         "negfacediff": code_version(),
         "versions": record.get("versions", {}),
-        "export": job.settings.model_dump(mode="json"),
+        "export": job.settings.model_dump(mode="json", exclude={"filter"}),
+        "filter": _filter(job.settings.filter),
         "identities": len(job.layout.identities),
         "images": job.layout.images,
         "gate": _gate(record),
@@ -59,6 +62,11 @@ def pages_of(store: str, job: Job, lineage: Mapping[str, Any], files: Sequence[F
         files=files,
     )
     return {name: page(about) for name, page in PAGES.items()}
+
+
+def _filter(path: str) -> str | None:
+    """The SHA-256 of a filter that chose the images; where it lies says nothing."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
 
 
 def _licences(store: str, record: Mapping[str, Any], stages: Mapping[str, StageSpec]) -> list[dict[str, str]]:

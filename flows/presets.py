@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.recognition.recipe import RecogniserConfig
 
 SUFFIXES = (".yaml", ".yml")
 # Wrong fields that a message explains; the rest are counted.
@@ -55,7 +56,7 @@ def load_build(source: str, settings: Sequence[str] = ()) -> BuildConfig:
     """
     values = read_values(source, preset_text)
     for setting in settings:
-        _apply(values, setting)
+        apply_setting(values, setting)
     return check_build(values, source)
 
 
@@ -116,9 +117,9 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
             yield f"{prefix}{name}", info
 
 
-def describe_fields() -> list[tuple[str, str, str]]:
-    """Return name, default and meaning of every field of a build, in order."""
-    return [(name, str(info.default), info.description or "") for name, info in fields_of(BuildConfig)]
+def describe_fields(model: type[BaseModel] = BuildConfig) -> list[tuple[str, str, str]]:
+    """Return name, default and meaning of every field of a `model`, in order."""
+    return [(name, str(info.default), info.description or "") for name, info in fields_of(model)]
 
 
 def read_values(source: str, shipped: Callable[[str], str]) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _clipped(said: str) -> str:
     return said if len(said) <= 600 else f"{said[:300]} ... {said[-300:]}"
 
 
-def _apply(values: dict[str, Any], setting: str) -> None:
+def apply_setting(values: dict[str, Any], setting: str) -> None:
     """Put one `field=value` into the nested `values`; the value is read as a YAML scalar."""
     name, equals, text = setting.partition("=")
     path = name.strip().split(".")
@@ -183,7 +184,8 @@ def _explain_one(detail: dict[str, Any], model: type[BaseModel]) -> str:
         if model is BuildConfig and name in ExecutionConfig.model_fields:
             return f"{name} is no part of what is built: give it as the option --{name.replace('_', '-')}."
         shown = _SHORT.repr(name)[1:-1]
-        return f"there is no field {shown}{_nearest(name, known)} `negfacediff fields` lists all fields."
+        of = " recogniser" if model is RecogniserConfig else ""
+        return f"there is no field {shown}{_nearest(name, known)} `negfacediff fields{of}` lists all fields."
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{_clipped(message)}."

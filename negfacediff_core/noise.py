@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # purposes of noise, each with numbers of its own
-SAMPLES, CONTEXTS, NEGATIVES, TRANSFORMS = 0, 1, 2, 3
+SAMPLES, CONTEXTS, NEGATIVES, TRANSFORMS, AUGMENTATION = 0, 1, 2, 3, 4
 
 MAX_STEP = 1 << 24
 

@@ -2,11 +2,13 @@
 
 import shlex
 from importlib import import_module
+from pathlib import Path
 
 import click
 import cyclopts
 import typer
 
+ROOT = Path(__file__).parents[1]
 # Where click's commands of Dask are.
 DASK = {name: f"distributed.cli.dask_{name}" for name in ("scheduler", "worker")}
 
@@ -17,7 +19,11 @@ def check(words):
     Returns whether it is one of those: negfacediff, ./run, dask or prefect.
     """
     program, *arguments = words
-    if program in ("negfacediff", "./run"):
+    if words[:2] == ["./run", "test"]:
+        missing = [word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()]
+        if missing:
+            raise click.UsageError(f"there is no {missing[0]}")
+    elif program in ("negfacediff", "./run"):
         from flows.cli import app
 
         _click(typer.main.get_command(app), program, arguments)

@@ -11,6 +11,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from stage_builds import make
 from flows import export as flow
 from flows.cli import main
 from negfacediff_core.errors import ConfigError, DamagedError, StoreError
-from negfacediff_core.export import draft
+from negfacediff_core.export import challenges, draft
+from negfacediff_core.export.challenges import Challenge
 from negfacediff_core.export.images import DIGITAL_SOURCE
 from negfacediff_core.export.manifest import check_manifest
 from negfacediff_core.export.read_recordio import read_set
@@ -411,3 +413,22 @@ def test_the_command_says_what_it_wrote_and_what_was_left_out(store, usable, tmp
         with pytest.raises(SystemExit) as stop:
             main(["export", str(store), "tiny", *options])
         assert stop.value.code == 2 and wrong in capsys.readouterr().err
+
+
+def test_an_export_for_a_challenge_keeps_its_limits_and_says_so(store, usable, tmp_path):
+    with pytest.raises(ConfigError, match="10,000 identities with 50 usable images each were asked for"):
+        export(store, tmp_path / "whole", challenge="frcsyn-500k")
+    with pytest.raises(ConfigError, match="no leakage gate has taken such people out of the run tiny"):
+        export(store, tmp_path / "real", challenge="datacv-10k")
+    assert not list(tmp_path.iterdir())
+    made = export(store, tmp_path / "out", challenge="sdfr-1m", images_per_identity=1)
+    assert made["images"] == (usable.sum(axis=1) >= 1).sum()
+    assert "SDFR (arXiv 2404.04580), task 1" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_more_images_than_a_challenge_allows_are_refused(store, tmp_path, monkeypatch):
+    limits = challenges.CHALLENGES[Challenge.sdfr_1m]
+    monkeypatch.setitem(challenges.CHALLENGES, Challenge.sdfr_1m, replace(limits, images=2))
+    with pytest.raises(ConfigError, match="allows 2 images"):
+        export(store, tmp_path / "out", challenge="sdfr-1m", images_per_identity=1)
+    assert not list(tmp_path.iterdir())

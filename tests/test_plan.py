@@ -4,9 +4,11 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
+from distributed import LocalCluster
 from prefect.client.orchestration import get_client
 from prefect.flow_runs import resume_flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -19,10 +21,12 @@ from flows.plan import plan_json, print_plan
 from flows.planning import places_of, plan_of, timed_plan_of
 from flows.presets import load_build, preset_texts
 from flows.rounds import CHUNKS, chunk_size, task_runs
-from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.config import ExecutionConfig, Speed
 from negfacediff_core.cost import Calibration, NetworkRates, Rate
-from negfacediff_core.errors import BuildError, ConfigError, WeightsError
-from negfacediff_core.stages import STAGES
+from negfacediff_core.errors import BuildError, ConfigError, WeightsError, WorkerError
+from negfacediff_core.operations import unet_gflop
+from negfacediff_core.stages import STAGES, calibration
+from negfacediff_core.stages.costs import networks_of
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.status import status
 
@@ -91,7 +95,15 @@ def test_what_the_store_holds_already_is_left_out(tiny_build, tmp_path):
     assert before.task_runs - plan.task_runs == 2
 
 
-@pytest.mark.parametrize("name", sorted(set(preset_texts()) - {"demo"}))
+# Presets of more than the paper's 10,050 identities: (images, rows of samples) of them.
+LARGE = {
+    "sdfr-1m": (1_005_000, 1_005_200),
+    "datacv-20k": (1_005_000, 1_005_200),
+    "datacv-100k": (5_025_000, 5_025_200),
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(preset_texts()) - {"demo", *LARGE}))
 def test_presets_are_planned_before_their_weights_are_there(name, tmp_path):
     plan = plan_of(load_build(name), str(tmp_path / "store"), ONE)
     assert not (tmp_path / "store").exists()
@@ -104,6 +116,13 @@ def test_presets_are_planned_before_their_weights_are_there(name, tmp_path):
     assert 30e9 < sum(stage.bytes for stage in plan.stages.values()) < 60e9
     for sentence in plan.assumed:
         assert sentence in said(plan)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_presets_are_planned_as_well(name, tmp_path):
+    plan = plan_of(load_build(name), str(tmp_path / "store"), ONE)
+    assert (plan.images, plan.stages["samples"].rows) == LARGE[name]
+    assert plan.evaluations == 400 * LARGE[name][1]
 
 
 def test_the_published_presets_take_the_published_evaluations(tmp_path):
@@ -184,6 +203,87 @@ def test_places_are_those_of_the_executors(monkeypatch):
     assert places_of(ExecutionConfig()) == (1, 8)
     assert places_of(ExecutionConfig(executor="cuda", workers=4)) == (4, 8)
 
+    onto_gpus = replace(SLOW, gpu=True)
+    for executor in ("slurm", "tcp://host:1"):
+        assert places_of(ExecutionConfig(executor=executor, workers=8), onto_gpus) == (8, 8)
+        assert places_of(ExecutionConfig(executor=executor, workers=8), SLOW) == (0, 8)
+
+
+def test_a_device_that_is_not_here_is_refused_before_it_is_timed(tiny_preset, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert run("plan", tiny_preset, "--device", "cuda") == 2
+    said = capsys.readouterr().err
+    assert "The device cuda needs an NVIDIA GPU" in said and len(said.strip().splitlines()) == 1
+
+
+def test_workers_that_are_not_there_yet_are_not_timed(tiny_preset, capsys):
+    ask = ("plan", tiny_preset, "--executor", "slurm", "--workers", "8")
+    assert run(*ask, "--device", "cuda") == 2
+    assert "name a stored calibration of such a device by --device (a100, h100" in capsys.readouterr().err
+    assert run(*ask, "--device", "h100") == 0
+    assert "at least 0:00 on 8 x NVIDIA H100" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_build_may_name_any_stored_calibration():
+    assert [Speed.timed, *calibrations.calibration_names()] == list(Speed)
+
+
+def timed_there(build, networks, specs, execution, budget):
+    """Tell who was asked in place of being timed."""
+    from distributed import get_worker
+
+    return replace(SLOW, device=str(get_worker().name), gpu=execution.device != "cpu")
+
+
+@pytest.mark.parametrize(("device", "places"), [("auto", (1, 1)), ("cpu", (0, 1))])
+def test_the_workers_of_a_scheduler_are_timed_and_counted(tiny_build, tmp_path, monkeypatch, device, places):
+    monkeypatch.setattr(planning, "calibrate", timed_there)
+    options = {"threads_per_worker": 3, "resources": {"GPU": 2}, "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=1, protocol="tcp://", processes=False, **options) as cluster:
+        execution = ExecutionConfig(executor=cluster.scheduler_address, device=device)
+        plan = timed_plan_of(tiny_build, str(tmp_path), execution)
+        assert plan.calibration.device == "0" and (plan.devices, plan.workers) == places
+        there = execution.model_copy(update={"device": "cuda:7"})
+        with pytest.raises(WorkerError, match="The Dask worker 0 has no device cuda:7"):
+            timed_plan_of(tiny_build, str(tmp_path), there)
+
+
+class Clockwork:
+    """A sampler that takes a second for a pass, of however many images, and `each` for an image of it."""
+
+    contexts = 2
+
+    def __init__(self, each):
+        self.each, self.counts = each, []
+
+    def batch(self, count):
+        return min(count, 32)
+
+    def sample(self, steps, count):
+        self.counts.append(count)
+        return steps * (1 + self.each * count) + 0.1 * count, None
+
+    def both(self, count):
+        return self.sample(1, count)[0], self.sample(4, count)[0]
+
+
+def test_images_are_timed_in_batches_of_the_build_however_slow_they_are(tiny_build):
+    networks = networks_of(tiny_build)
+
+    def timed(each, budget):
+        sampler = Clockwork(each)
+        rates, _, how = calibration._time_sampling(networks, sampler, 400, "fp32", budget)
+        gflop = unet_gflop(networks.unet, networks.latent_shape, 2)
+        return sampler, rates.unet.value / gflop, rates.unet.spread, how
+
+    quick, rate, spread, how = timed(0.01, 100.0)
+    assert max(quick.counts) == 32 and rate == pytest.approx(32 / 1.32) and "32 images at a time" in how
+    slow, rate, spread, how = timed(1.0, 20.0)
+    assert sorted(set(slow.counts)) == [1, 19] and "1 images at a time" in how and "of 1 step with 19" in how
+    assert rate == pytest.approx(19 / 20) and 0.1 < spread < 0.3, (
+        "unlike half an image a second, of one alone"
+    )
+
 
 def test_chunks_keep_a_build_under_500_task_runs():
     units = [Unit(block, 0) for block in range(100_000)]
@@ -238,7 +338,7 @@ def test_with_nobody_to_ask_the_command_refuses_and_says_how_to_approve(
     arguments = ["build", tiny_preset, "--store", str(store), "--device", "cpu", "--approve-above-hours", "1"]
     assert run(*arguments) == 2
     said = capsys.readouterr().err
-    assert "more than the 1 that need no approval" in said and "--yes" in said
+    assert "more than the 1 h that need no approval" in said and "--yes" in said
     assert len(said.strip().splitlines()) == 1
     assert not list(store.iterdir()), "a place that was tried, and nothing in it"
 
@@ -279,6 +379,20 @@ def test_in_prefect_a_build_that_is_not_approved_makes_nothing(tiny_build, tmp_p
     outcome = answered(tiny_build, str(tmp_path), approved=False)
     assert isinstance(outcome, BuildError) and "tiny was not approved; nothing was made" in str(outcome)
     assert not any(stage.done for stage in status(str(tmp_path)))
+
+
+def test_a_build_on_workers_that_are_not_there_yet_is_asked_for(tiny_build, tmp_path, monkeypatch):
+    elsewhere = ASKED.model_copy(update={"executor": "slurm", "workers": 8, "device": "cuda"})
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    with pytest.raises(ConfigError, match="tiny was not approved"):
+        approval.approve_in_terminal(tiny_build, str(tmp_path), elsewhere)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(
+        ConfigError, match=r"How long tiny would take on workers of slurm is not known \(the set"
+    ):
+        approval.approve_in_terminal(tiny_build, str(tmp_path), elsewhere)
+    named = elsewhere.model_copy(update={"calibration": "h100"})
+    approval.approve_in_terminal(tiny_build, str(tmp_path), named)  # seconds at the least
 
 
 def test_without_a_server_to_ask_in_a_flow_refuses(tiny_build, tmp_path, snail):

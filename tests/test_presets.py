@@ -20,8 +20,8 @@ def release(tmp_path_factory):
     return folder
 
 
-# All thousand steps, a minute each, or the fields of frcsyn-500k.
-LONG = ("adaptdiff", "negfacediff-ddpm", "sdfr-1m", "datacv-10k", "datacv-20k", "datacv-100k")
+# All thousand steps, a minute each, or the fields of negfacediff with another evaluation.
+LONG = ("adaptdiff", "negfacediff-ddpm", "frcsyn-500k", "sdfr-1m", "datacv-10k", "datacv-20k", "datacv-100k")
 
 
 @pytest.mark.parametrize(

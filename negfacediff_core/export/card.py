@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 
 from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, USES, About, checked_for_leakage
+from negfacediff_core.export.challenges import CHALLENGES
 
 # How each format is read, by whoever has it.
 READING = {
@@ -45,7 +46,7 @@ def card(about: About) -> str:
     reading = READING[form].replace("LAST", shards.removeprefix("shard-").removesuffix(".tar"))
     sections = (
         f"# {about.title}",
-        f"{about.size}; {about.images_each} images each.",
+        f"{about.size}; {about.images_each} images each.{_challenge(about)}",
         NO_REAL_PEOPLE,
         "Every image says so itself: IPTC's DigitalSourceType `trainedAlgorithmicMedia` stands in its XMP.",
         f"## Reading it\n\n{reading.replace('SUFFIX', about.layout.suffix)}",
@@ -74,6 +75,11 @@ def licence_table(about: About) -> str:
         for one in about.licences
     )
     return "\n".join(["| part | weights | licence |", "|---|---|---|", *rows])
+
+
+def _challenge(about: About) -> str:
+    limits = CHALLENGES.get(about.settings["challenge"])
+    return "" if limits is None else f" Within the limits of {limits.title}."
 
 
 def _licence(about: About) -> str:

@@ -5,6 +5,7 @@ from enum import StrEnum
 from pydantic import Field, model_validator
 
 from negfacediff_core.config import Model
+from negfacediff_core.export.challenges import Challenge, asked_for
 
 
 class ExportFormat(StrEnum):
@@ -83,11 +84,30 @@ class ExportConfig(Model):
     identities: int = Field(
         default=0, ge=0, le=10_000_000, description="Take exactly so many identities. 0: all that qualify."
     )
+    challenge: Challenge = Field(
+        default=Challenge.none,
+        description="Keep the limits of a challenge; its numbers of identities and images are taken unless "
+        "others are asked for.",
+    )
+    filter: str = Field(
+        default="",
+        description="File of the images to take, as negfacediff prune writes it. Empty: all that qualify.",
+    )
 
     @property
     def banded(self) -> bool:
         """Whether images are chosen by their similarity to their context."""
         return self.min_cosine > -1 or self.max_cosine < 1
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many identities are taken, and how many images of each; 0: as it comes."""
+        return asked_for(self.challenge, self.identities, self.images_per_identity)
+
+    @model_validator(mode="after")
+    def _keeps_the_limits_of_its_challenge(self) -> "ExportConfig":
+        _ = self.extent
+        return self
 
     @model_validator(mode="after")
     def _selection_makes_sense(self) -> "ExportConfig":

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from negfacediff_core.errors import WeightsError
 from negfacediff_core.recognition.backbones import INPUT_SIZE, IResNet, PlainNet, build_backbone
@@ -38,7 +38,33 @@ def export_recogniser(checkpoint: Path, path: Path, projection: nn.Linear | None
     with torch.
     """
     backbone = load_trained(checkpoint)
-    network = backbone if projection is None else nn.Sequential(backbone, projection).eval()
+    write_checked(backbone if projection is None else nn.Sequential(backbone, projection).eval(), path)
+
+
+class UnitPixels(nn.Module):
+    """Pixels in [0, 1] to those in [-1, 1] that networks take: SDFR wants it inside the graph."""
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Scale `(N, 3, H, W)` crops."""
+        return 2 * crops - 1
+
+
+def export_forms(network: nn.Module, folder: Path) -> list[Path]:
+    """Write a network as ONNX in both forms that others read, and return the files.
+
+    `pack/recogniser.onnx` is a model pack for insightface (see `export_recogniser`). `sdfr/recogniser.onnx`,
+    for the challenge SDFR, takes RGB in [0, 1] and holds the normalisation. Raises WeightsError.
+    """
+    network = network.cpu().eval()
+    forms = {"pack": network, "sdfr": nn.Sequential(UnitPixels(), network).eval()}
+    paths = [folder / name / "recogniser.onnx" for name in forms]
+    for form, path in zip(forms.values(), paths, strict=True):
+        write_checked(form, path)
+    return paths
+
+
+def write_checked(network: nn.Module, path: Path) -> None:
+    """Write a network to `path` as ONNX, whole or not at all; WeightsError if onnxruntime disagrees."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     write_onnx(network, partial)

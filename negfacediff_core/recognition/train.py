@@ -19,6 +19,7 @@ from negfacediff_core.recognition.augment import augment, pooled_crops
 from negfacediff_core.recognition.backbones import IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.heads import MARGINS, cosines
 from negfacediff_core.recognition.measure import embed_pooled_crops, held_out_figures
+from negfacediff_core.recognition.seeds import generator_of, seed_of
 from negfacediff_core.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _check(identities: int, settings: TrainingSettings) -> int:
 def _start(backbone: IResNet | PlainNet, identities: int, settings: TrainingSettings) -> _Run:
     """A run at step 0; the class centres start at random directions."""
     width = backbone.fc.out_features
-    centres = torch.randn(identities, width, generator=_generator(settings.seed, "centres", 0))
+    centres = torch.randn(identities, width, generator=generator_of(settings.seed, "centres", 0))
     parameter = nn.Parameter(centres / math.sqrt(width))
     trainable = [p for p in backbone.parameters() if p.requires_grad]
     groups = [
@@ -171,7 +172,7 @@ def _start(backbone: IResNet | PlainNet, identities: int, settings: TrainingSett
 def _train_step(run: _Run, crops: NDArray[np.uint8], labels: Tensor, settings: TrainingSettings) -> None:
     """One step of SGD on a batch that depends on (seed, step) alone."""
     rows = _batch(run.step, len(labels), settings)
-    batch = augment(to_float(crops[rows.numpy()]), _generator(settings.seed, "augment", run.step))
+    batch = augment(to_float(crops[rows.numpy()]), generator_of(settings.seed, "augment", run.step))
     batch = batch.contiguous(memory_format=torch.channels_last)
     rate, margin = _schedule(run.step, settings)
     for group in run.optimiser.param_groups:
@@ -181,7 +182,7 @@ def _train_step(run: _Run, crops: NDArray[np.uint8], labels: Tensor, settings: T
         torch.random.fork_rng(devices=[]),  # dropout draws from the global generator
         torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()),
     ):
-        torch.default_generator.manual_seed(_seed(settings.seed, "dropout", run.step))
+        torch.default_generator.manual_seed(seed_of(settings.seed, "dropout", run.step))
         embeddings = run.backbone.embed_pooled(batch)
     cosine = cosines(embeddings, run.centres)
     loss = F.cross_entropy(MARGINS[settings.head](cosine, labels[rows], settings.scale, margin), labels[rows])
@@ -212,18 +213,8 @@ def _batch(step: int, count: int, settings: TrainingSettings) -> Tensor:
     """Rows of the batch at `step`: parts of one permutation an epoch, an incomplete last part left out."""
     size = min(settings.batch_size, count)
     epoch, index = divmod(step, count // size)
-    order = torch.randperm(count, generator=_generator(settings.seed, "order", epoch))
+    order = torch.randperm(count, generator=generator_of(settings.seed, "order", epoch))
     return order[index * size : (index + 1) * size]
-
-
-def _seed(seed: int, purpose: str, index: int) -> int:
-    """A 63-bit seed for one purpose at one index, independent of all others."""
-    sequence = np.random.SeedSequence([seed, *purpose.encode(), index])
-    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(seed, purpose, index))
 
 
 def _fast_bfloat16() -> bool:

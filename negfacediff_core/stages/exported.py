@@ -64,7 +64,8 @@ class Job:
         return fingerprint(
             {
                 "version": VERSION,
-                "settings": self.settings.model_dump(mode="json"),
+                # what a filter takes is in `chosen`, wherever the file lies
+                "settings": self.settings.model_dump(mode="json", exclude={"filter"}),
                 "stages": {name: spec.fingerprint for name, spec in self.stages.items()},
                 "identities": self.layout.identities.tolist(),
                 "chosen": np.packbits(self.chosen).tobytes().hex(),

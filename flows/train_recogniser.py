@@ -1,0 +1,153 @@
+"""The flow `train_recogniser`: a recogniser is trained on a run of a store, an export, or other crops."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from rich.console import Console
+
+from flows.artifacts import key_of, progress_artifacts
+from flows.form import STORE, MaybeName
+from flows.progress import CallbackBar, Meter, show_progress
+from flows.results import json_bytes
+from negfacediff_core.errors import ConfigError
+from negfacediff_core.recognition.curves import PICTURE, TABLE
+from negfacediff_core.recognition.datasets import Progress, TrainingSet, filtered
+from negfacediff_core.recognition.export import export_forms, load_trained
+from negfacediff_core.recognition.fit import fit
+from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecution
+from negfacediff_core.recognition.set_openers import open_set
+from negfacediff_core.recognition.training_job import BEST, TrainingJob, check_folder, owned, plan_training
+from negfacediff_core.stages.training_set import training_set_of
+from negfacediff_core.store.runs import stages_of_run
+from negfacediff_core.tensor_files import replacing
+
+DEFAULT_RECIPE, DEFAULT_EXECUTION = RecogniserConfig(), TrainingExecution()
+#: What a finished training says of itself.
+REPORT = "report.json"
+
+
+@flow(name="train-recogniser", flow_run_name="train {out}")
+def train_recogniser(
+    out: str,
+    run: MaybeName = "",
+    folder: str = "",
+    recipe: RecogniserConfig = DEFAULT_RECIPE,
+    filter: str = "",
+    execution: TrainingExecution = DEFAULT_EXECUTION,
+    store: str = STORE,
+) -> dict[str, Any]:
+    """Train a recogniser on aligned crops: those of a run of the store, or of a folder.
+
+    Running it again with the same parameters goes on where it stopped, after any interruption, and does
+    nothing where it is complete. The artifact `train-recogniser` shows how far it is, and then its figures.
+
+    Returns the figures of the best epoch by held-out identities, and the places of what was written: `out`,
+    the `pack` for insightface and `sdfr`. Raises ConfigError, StoreError or WeightsError for what cannot
+    be, before work begins; NegFaceDiffError if the training diverges.
+
+    Args:
+        out: Folder of the training, as the machine that runs this sees it.
+        run: Train on the aligned crops of this run of the store. Empty: on the folder.
+        folder: An export of any format, a folder with train.rec, or one with a sub-folder of aligned
+            112x112 crops an identity. Empty: a run of the store.
+        recipe: Network, loss, optimiser and augmentation; with the images it decides the result.
+        filter: File of the images to take, as negfacediff prune writes it. Empty: all.
+        execution: Where it runs.
+        store: The store.
+    """
+    if bool(run) == bool(folder):
+        raise ConfigError("Give either run, whose crops the store has, or folder.")
+    if "://" in out:
+        raise ConfigError(f"out {out!r} is no local folder: a training keeps its state in one.")
+    place = Path(out).absolute()
+    with owned(place):
+        crops = _crops(store, run, folder, place)
+        crops = filtered(crops, Path(filter)) if filter else crops
+        result = train_in(place, crops, recipe, execution, f"run {run} of {store}" if run else folder)
+    key = key_of("train-recogniser", "figures")
+    create_markdown_artifact(_page(result, recipe), key, f"Recogniser {out}")
+    return result
+
+
+def train_in(
+    place: Path, crops: TrainingSet, recipe: RecogniserConfig, execution: TrainingExecution, source: str = ""
+) -> dict[str, Any]:
+    """Train in a folder that the caller `owned`, export the best epoch, and write and return the report.
+
+    `source` says where the crops come from. Raises as `train_recogniser`.
+    """
+    job = plan_training(crops, recipe, execution, place)
+    check_folder(job)
+    if (place / REPORT).exists():  # which is written last
+        found: dict[str, Any] = json.loads((place / REPORT).read_bytes())
+        return found
+    with _shown(job) as progress:
+        scores = fit(job, progress)
+    pack, sdfr = export_forms(load_trained(place / BEST), place)
+    result = {
+        "out": str(place),
+        "source": source,
+        "images": len(job.training),
+        "identities": job.training.classes,
+        "held_out_identities": job.held_out.classes,
+        **scores,
+        "pack": str(pack.parent),
+        "sdfr": str(sdfr),
+    }
+    with replacing(place / REPORT) as file:
+        file.write(json_bytes(result))
+    return result
+
+
+def _crops(store: str, run: str, folder: str, work: Path) -> TrainingSet:
+    """Open the training set; what must be packed lies in the training's folder."""
+    with CallbackBar("read", "units") as bar:
+        if run:
+            return training_set_of(stages_of_run(store, run), run, work, bar)
+        return open_set(Path(folder), work, bar)
+
+
+@contextmanager
+def _shown(job: TrainingJob) -> Iterator[Progress]:
+    """Show images seen, on the console and as an artifact; the first call tells what earlier runs have."""
+    meter, crops = Meter("train", "images", job.images), job.training
+    title = f"Training {job.recipe.backbone}, {len(crops):,} images of {crops.classes:,} identities"
+    with (
+        progress_artifacts("train-recogniser", [meter]),
+        show_progress(title, [meter], Console()) as shown,
+    ):
+
+        def progress(done: int, total: int) -> None:
+            if meter.started is None:
+                meter.before = done
+                shown.started(meter.stage)
+            else:
+                shown.committed(meter.stage, done - meter.position)
+
+        yield progress
+
+
+def _page(result: dict[str, Any], recipe: RecogniserConfig) -> str:
+    """What a finished training shows in Prefect."""
+    rows = [
+        ("trained on", f"{result['images']:,} images of {result['identities']:,} identities"),
+        ("held out", f"{result['held_out_identities']:,} identities"),
+        ("best epoch", f"{result['epoch']:g} of {result['epochs']}"),
+        ("EER", f"{result['eer']:.2%}"),
+        ("FNMR at an FMR of 1%", f"{result['fmr100']:.2%}"),
+        ("FDR", f"{result['fdr']:.2f}"),
+        ("model pack", f"`{result['pack']}`"),
+        ("for SDFR", f"`{result['sdfr']}`"),
+        ("curves", f"`{result['out']}/{TABLE}`, `{PICTURE}`"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"## {recipe.backbone}, {recipe.head}\n\n{result['source']}\n\n| | |\n|---|---|\n{table}\n\n"
+        "Figures are of held-out identities of the training set, which chose the epoch. To test it: "
+        "`negfacediff verify-recogniser`."
+    )

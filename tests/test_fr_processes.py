@@ -1,0 +1,117 @@
+"""Trainings in processes of their own: killed in mid-epoch, and several at one."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from crop_folders import EXECUTION, nobody, save_crops, tiny_job
+from test_fr_training import Interrupted, equal, interrupt_at
+
+from negfacediff_core.recognition.fit import fit
+from negfacediff_core.tensor_files import read_tensors
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 6
+TRAIN = f"""
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from crop_folders import EXECUTION, tiny_job
+from negfacediff_core.recognition.fit import fit
+
+def progress(done, total):
+    time.sleep(float(sys.argv[3]))
+    print(done, flush=True)
+
+execution = EXECUTION.model_copy(update={{"checkpoint_seconds": 0.0}})
+fit(tiny_job(Path(sys.argv[1]), Path(sys.argv[2]), execution, epochs={EPOCHS}, head="adaface"), progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Twelve identities, four crops of each."""
+    return save_crops(tmp_path_factory.mktemp("processes") / "set")
+
+
+def start(source: Path, folder: Path, pause: float) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, str(source), str(folder), str(pause)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_training_that_is_killed_equals_one_that_is_not(source, tmp_path):
+    with start(source, tmp_path / "whole", 0.0) as whole:
+        whole.communicate()
+    assert whole.returncode == 0
+    random = np.random.default_rng(int(time.time()))
+    kills = 0
+    while kills < 6:
+        with start(source, tmp_path / "parts", 0.02) as process:
+            # a few steps of four an epoch further, then at any moment
+            for _ in range(random.integers(2, 7)):
+                if not process.stdout.readline():
+                    break
+            time.sleep(random.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    with start(source, tmp_path / "parts", 0.0) as rest:
+        rest.communicate()
+    assert rest.returncode == 0
+    for name in ("state.pt", "best.pt"):
+        whole_state, parts_state = (read_tensors(tmp_path / each / name) for each in ("whole", "parts"))
+        assert equal(whole_state, parts_state), name
+    for epoch in range(1, EPOCHS + 1):
+        saved = [
+            np.load(tmp_path / each / "dynamics" / f"epoch-{epoch:04d}.npz") for each in ("whole", "parts")
+        ]
+        assert all((saved[0][key] == saved[1][key]).all() for key in ("log_probability", "outcome"))
+    rows = [list(csv.DictReader((tmp_path / each / "curves.csv").open())) for each in ("whole", "parts")]
+    timed = ("seconds", "images_per_second", "waited")
+    assert [{key: row[key] for key in row if key not in timed} for row in rows[0]] == [
+        {key: row[key] for key in row if key not in timed} for row in rows[1]
+    ]
+
+
+def test_two_processes_train_what_one_does_in_two_parts(source, tmp_path):
+    two = EXECUTION.model_copy(update={"processes": 2, "checkpoint_seconds": 0.0})
+    told = []
+    shared = fit(tiny_job(source, tmp_path / "two", two, epochs=2), lambda *now: told.append(now))
+    alone = fit(tiny_job(source, tmp_path / "one", epochs=2, accumulate=2), nobody)
+    assert told[0] == (0, 64) and told[-1] == (64, 64)
+    assert shared["epochs"] == alone["epochs"] == 2
+    weights = [read_tensors(tmp_path / each / "state.pt")["module"] for each in ("two", "one")]
+    for name, value in weights[0].items():
+        # running statistics are those of the parts that the first process has seen
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+    for epoch in (1, 2):
+        saved = [np.load(tmp_path / each / "dynamics" / f"epoch-{epoch:04d}.npz") for each in ("two", "one")]
+        np.testing.assert_allclose(saved[0]["log_probability"], saved[1]["log_probability"], atol=1e-2)
+
+
+def test_one_process_goes_on_with_what_two_began(source, tmp_path):
+    job = tiny_job(source, tmp_path, EXECUTION.model_copy(update={"checkpoint_seconds": 0.0}))
+    with pytest.raises(Interrupted):
+        fit(job, interrupt_at(40))
+    two = tiny_job(source, tmp_path, EXECUTION.model_copy(update={"processes": 2}))
+    told = []
+    assert fit(two, lambda *now: told.append(now))["epochs"] == 2
+    assert told[0] == (40, 64)

@@ -1,0 +1,116 @@
+"""The study of recognisers: sets of equal size, pairs of rendered people, and the table."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from crop_folders import crops
+
+from flows import study as flow_module
+from flows.cli import BAD_INPUT, main
+from flows.study import cases, check_study, equal_sets, load_study, study_recognition, table_of
+from negfacediff_core.errors import ConfigError
+from negfacediff_core.faces.align import TEMPLATE_112
+from negfacediff_core.recognition.datasets import PackedReader, TrainingSet, pack
+from negfacediff_core.recognition.rendered_pairs import rendered_pairs
+
+
+def people(identities, images):
+    """What a render set holds of people whose crops are the whole pictures."""
+    return SimpleNamespace(
+        images=crops(identities, images),
+        landmarks=np.broadcast_to(TEMPLATE_112, (identities, images, 5, 2)).astype(np.float32),
+        identities=np.arange(identities),
+    )
+
+
+def numbered(tmp_path, numbers):
+    """A training set of images with these numbers."""
+    numbers = np.array(numbers)
+    reader = PackedReader(tmp_path / "crops.u8")
+    if not reader.path.exists():
+        pack(reader.path, iter([crops(len(numbers), 1)[:, 0]]))
+    labels = np.unique(numbers[:, 0], return_inverse=True)[1]
+    return TrainingSet(reader, tuple(map(str, range(len(numbers)))), labels, np.arange(len(numbers)), numbers)
+
+
+def test_sets_become_equal_in_identities_and_images(tmp_path):
+    first = numbered(tmp_path, [[0, 0], [0, 1], [0, 2], [3, 0], [3, 2], [5, 0], [5, 1]])
+    second = numbered(tmp_path, [[0, 1], [0, 2], [3, 0], [5, 0], [5, 4]])
+    equal = equal_sets([first, second], 2)
+    assert equal[0].numbers.tolist() == [[0, 0], [0, 1], [5, 0], [5, 1]]
+    assert equal[1].numbers.tolist() == [[0, 1], [0, 2], [5, 0], [5, 4]]
+    assert all(one.labels.tolist() == [0, 0, 1, 1] for one in equal)
+    with pytest.raises(ConfigError, match="No identity has 3 usable crops"):
+        equal_sets([first, second], 3)
+
+
+def test_pairs_of_rendered_people_are_balanced_and_no_one_is_in_two_folds():
+    renders = people(40, 3)
+    pairs = rendered_pairs(renders, seed=0, genuine=4)
+    assert len(pairs.same) == 40 * 8 and pairs.same.sum() == 160
+    shown = pairs.pairs // 3
+    assert ((shown[:, 0] == shown[:, 1]) == pairs.same).all()
+    assert (pairs.pairs[:, 0] != pairs.pairs[:, 1]).all()
+    assert (pairs.folds == shown[:, 0] * 10 // 40).all() and (pairs.folds == shown[:, 1] * 10 // 40).all()
+    assert np.abs(pairs.crops.read(7).astype(int) - renders.images[2, 1]).max() <= 2
+    again = rendered_pairs(renders, seed=0, genuine=4)
+    assert (again.pairs == pairs.pairs).all()
+    with pytest.raises(ConfigError, match="at least 20"):
+        rendered_pairs(people(19, 2), seed=0)
+
+
+def test_the_study_that_ships_compares_the_negative_alone():
+    study = load_study("negative")
+    check_study(study)
+    builds = [case.build for case in cases(study)]
+    assert len(builds) == 6 and study.images <= builds[0].images
+    assert {(build.negatives.rule, build.samples.w) for build in builds} == {("none", 0.0), ("far", 0.5)}
+    one, other = (build.model_dump() for build in builds[::3])
+    for build in (one, other):
+        del build["name"], build["negatives"]["rule"], build["samples"]["w"]
+    assert one == other
+
+
+def test_a_study_builds_trains_verifies_and_tells(tmp_path, monkeypatch):
+    study = load_study("negative").model_copy(update={"seeds": [0, 1], "images": 2})
+    built, sizes, shown = [], [], {}
+    monkeypatch.setattr(flow_module, "build_dataset", lambda build, *_: built.append(build.name))
+    numbers = [[identity, replicate] for identity in range(6) for replicate in range(3)]
+    monkeypatch.setattr(flow_module, "_crops_of", lambda *_: numbered(tmp_path, numbers))
+    monkeypatch.setattr(flow_module, "_people", lambda *_: rendered_pairs(people(20, 2), seed=0, genuine=2))
+    monkeypatch.setattr(
+        flow_module, "create_markdown_artifact", lambda text, key, _: shown.update({key: text})
+    )
+
+    def trained(place, crops, recipe, execution):
+        sizes.append((place.name, len(crops), recipe.seed))
+        return {"pack": "packs/demo/judge", "eer": 0.25, "epoch": 3.0}
+
+    monkeypatch.setattr(flow_module, "train_in", trained)
+    rows = study_recognition.fn(study, store="unused", out=str(tmp_path / "out"))
+    assert built == [f"negative-{side}-{seed}" for seed in (0, 1) for side in ("none", "far")]
+    assert sizes == [(name, 12, int(name[-1])) for name in built]
+    assert json.loads((tmp_path / "out" / "rows.json").read_text()) == rows
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert shown == {"study-negative": table} and table == table_of(study, rows)
+    line = next(line for line in table.splitlines() if line.startswith("| far negative"))
+    assert "| 12 |" in line and "25.0% ± 0.0%" in line and line.endswith("| 2 |")
+    assert 0.5 <= rows[0]["accuracy"] <= 1 and 0 <= rows[0]["tar_1e-3"] <= 1
+
+
+def test_bad_studies_are_told(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    text = "name: mine\ntitle: Mine\nbase: demo\nseeds: [0]\nbuilds: [{name: a, group: a}]\nimages: 1\n"
+    for content, words in (
+        (text, "images is 1"),
+        (text.replace("images: 1", "images: 2\nrecipe: papre"), "'papre'"),
+    ):
+        file.write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            main(["study-recognition", str(file), "--out", str(tmp_path / "out")])
+        assert stop.value.code == BAD_INPUT
+        assert words in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="studies are negative"):
+        load_study("negativ")
