@@ -11,6 +11,9 @@ from negfacediff_core.errors import ConfigError
 from tasks.clusters import WORKER_SECONDS, Cluster, await_worker, connected, with_gpu
 from tasks.machine import shielded_from_interrupts
 
+# Where a job is described, in words.
+SECTION = "the section `jobqueue.slurm` of Dask's configuration, ~/.config/dask/jobqueue.yaml"
+
 
 @contextmanager
 def slurm(execution: ExecutionConfig) -> Iterator[Cluster]:
@@ -57,6 +60,7 @@ def slurm_options(execution: ExecutionConfig) -> dict[str, Any]:
 
 def check_slurm(execution: ExecutionConfig) -> None:
     """Raise ConfigError unless SLURM would take the jobs that `slurm` submits."""
+    from dask import config
     from dask_jobqueue.slurm import SLURMJob
 
     if shutil.which("sbatch") is None:
@@ -64,19 +68,19 @@ def check_slurm(execution: ExecutionConfig) -> None:
             "The executor slurm submits jobs with sbatch, which is not on this machine: run the build on a "
             "login node of the SLURM cluster, or use another executor."
         )
+    lacking = [f"`{name}`" for name in ("cores", "memory") if config.get(f"jobqueue.slurm.{name}") is None]
+    if lacking:
+        raise ConfigError(
+            f"The executor slurm does not know how much of a node a job needs: set {' and '.join(lacking)} "
+            f"in {SECTION}, as in `cores: 8` and `memory: 32GB`; begin with infra/slurm/jobqueue.yaml."
+        )
     try:
         script = SLURMJob("tcp://127.0.0.1:8786", "check", **slurm_options(execution)).job_script()
     except ValueError as error:
-        raise ConfigError(
-            "The executor slurm needs `cores` and `memory` of a job in the section `jobqueue.slurm` of "
-            f"Dask's configuration, ~/.config/dask/jobqueue.yaml ({str(error).splitlines()[0]})"
-        ) from error
+        raise ConfigError(f"A value in {SECTION}, is not a job's: {error}.") from error
     tried = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
     if tried.returncode:
-        raise ConfigError(
-            f"SLURM does not take jobs of this kind ({tried.stderr.strip()}): check the section "
-            "`jobqueue.slurm` of Dask's configuration, ~/.config/dask/jobqueue.yaml."
-        )
+        raise ConfigError(f"SLURM does not take jobs of this kind ({tried.stderr.strip()}): check {SECTION}.")
 
 
 def _in_queue(ids: list[str | None]) -> bool:

@@ -1,5 +1,7 @@
 """SLURM and Kubernetes, which are not here: what they would be asked for, and what is said without them."""
 
+import re
+
 import dask
 import dask_jobqueue  # noqa: F401  (its defaults go with the first setting that they are read in)
 import pytest
@@ -41,12 +43,20 @@ def test_slurm_without_its_commands_is_refused(monkeypatch, tmp_path):
         check_available(ExecutionConfig(executor="slurm", workers=1))
 
 
-def test_jobs_that_nobody_has_described_are_refused(slurm):
-    with (
-        dask.config.set({**JOB, "jobqueue.slurm.cores": None}),
-        pytest.raises(ConfigError, match=r"jobqueue\.yaml"),
-    ):
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"cores": None}, r"set `cores` in .+jobqueue\.yaml, as in `cores: 8` and `memory: .+ begin with .+"),
+        ({"cores": None, "memory": None}, r"set `cores` and `memory` in .+"),
+        ({"memory": "much"}, r"A value in .+jobqueue\.yaml, is not a job's: Could not interpret 'much'.+"),
+    ],
+    ids=["no cores", "nothing", "a word"],
+)
+def test_jobs_that_nobody_has_described_are_refused(changed, said, slurm):
+    job = {**JOB, **{f"jobqueue.slurm.{name}": value for name, value in changed.items()}}
+    with dask.config.set(job), pytest.raises(ConfigError) as error:
         check_available(ExecutionConfig(executor="slurm", workers=1))
+    assert re.search(rf"{said}\.$", str(error.value))
 
 
 def test_jobs_that_slurm_does_not_take_are_refused_with_its_words(slurm):

@@ -20,6 +20,13 @@ import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import validate
 
+from flows import serve
+from flows.calibrations import load_calibration
+from flows.planning import plan_of
+from flows.presets import load_build
+from flows.words import size_text
+from negfacediff_core.config import ExecutionConfig
+
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
 SCRIPTS = sorted([*INFRA.glob("slurm/*.sh"), *INFRA.glob("slurm/*.sbatch")])
@@ -28,6 +35,7 @@ COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 SERVICES = COMPOSE["services"]
 DASHBOARD = json.loads((INFRA / "grafana/dashboards/negfacediff.json").read_text())
 TOOLS = Path(sys.executable).parent  # where pip puts the linters
+CONSOLE = re.compile(r"```console\n(.*?)```", flags=re.S)  # blocks of a page
 TEXTS = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and path.suffix not in (".pyc", ".json")]
 
 
@@ -39,8 +47,9 @@ def linted(*command):
 # -- the image
 
 
-def test_the_container_file_passes_its_linter():
-    linted(TOOLS / "hadolint", "--no-color", INFRA / "Dockerfile")
+@pytest.mark.parametrize("name", ["Dockerfile", "weights.Dockerfile"])
+def test_a_container_file_passes_its_linter(name):
+    linted(TOOLS / "hadolint", "--no-color", INFRA / name)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -94,7 +103,7 @@ def test_compose_fits_its_schema():
 
 
 def test_every_variable_of_compose_is_in_the_example_and_none_is_left_over():
-    used = set(re.findall(r"\$\{(\w+)", (INFRA / "compose.yaml").read_text()))
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", (INFRA / "compose.yaml").read_text()))
     example = (INFRA / "env.example").read_text()
     assert used == set(re.findall(r"^(\w+)=", example, flags=re.M))
     secrets = re.findall(r"^\w*(?:PASSWORD|SECRET|KEY)\w*=.*$", example, flags=re.M)
@@ -124,6 +133,28 @@ def test_volumes_are_used_and_ports_are_on_this_machine_alone():
     assert set(COMPOSE["volumes"]) <= mounts
     ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
     assert len(ports) >= 5 and all(port.startswith("${BIND:-127.0.0.1}:") for port in ports)
+
+
+@pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "entrypoint" in service])
+def test_a_service_of_a_profile_does_not_start_without_its_secrets(name):
+    *words, program = [word.replace("$$", "$") for word in SERVICES[name]["entrypoint"]]
+    assert program.startswith("/")
+    from_example = re.compile(r"\$\{((?:AWS|GRAFANA)_\w+):-\}")
+    secrets = {
+        variable: from_example.fullmatch(str(value))[1]
+        for variable, value in SERVICES[name]["environment"].items()
+        if from_example.fullmatch(str(value))
+    }
+    assert secrets
+    given = {**dict.fromkeys(secrets, "secret"), "PATH": os.environ["PATH"]}
+
+    def start(environment):
+        return subprocess.run([*words, "echo", "started"], env=environment, capture_output=True, text=True)
+
+    assert start(given).stdout == "started\n"
+    for variable, asked in secrets.items():
+        done = start({**given, variable: ""})
+        assert done.returncode and not done.stdout and f"set {asked} in infra/.env" in done.stderr
 
 
 # -- Kubernetes
@@ -189,6 +220,25 @@ def test_the_check_of_manifests_finds_what_is_wrong():
             kubernetes_models.check({**good, "spec": wrong})
 
 
+def test_the_pod_that_weights_are_copied_to_can_write_where_the_others_read_them():
+    (pod,) = yaml.safe_load_all((INFRA / "kubernetes/fill.yaml").read_text())
+    kubernetes_models.check(pod)
+    claims = {one["name"]: one["persistentVolumeClaim"]["claimName"] for one in pod["spec"]["volumes"]}
+    (mount,) = pod["spec"]["containers"][0]["volumeMounts"]
+    readers = [container for one in pods(documents(GPU)) for container in one["containers"]]
+    mounts = [one for reader in readers for one in reader.get("volumeMounts") or ()]
+    mounts = [one for one in mounts if one["mountPath"] == mount["mountPath"]]
+    assert len(mounts) == 3  # of flows, of CPU and of GPU workers
+    assert all(one["readOnly"] and one["name"] == claims[mount["name"]] for one in mounts)
+    image = (INFRA / "weights.Dockerfile").read_text()
+    assert f"COPY . {mount['mountPath']}\n" in image
+    page = (ROOT / "docs/operations.md").read_text()
+    assert f"{pod['metadata']['namespace']}/{pod['metadata']['name']}:{mount['mountPath']}\n" in page
+
+
+GPU = INFRA / "kubernetes/overlays/gpu-pvc"
+
+
 def pods(documents):
     """Every pod's specification in some objects."""
     for document in documents:
@@ -211,6 +261,50 @@ def test_the_settings_of_the_executor_kubernetes_make_pods_of_the_api():
 
 
 OPTIONS = {"image": "image", "env": "env", "resources": "resources", "worker_command": "worker-command"}
+
+
+# -- Prefect's servers
+
+
+def image_environment():
+    """What the image sets for every container."""
+    (block,) = re.findall(r"^ENV (PATH=(?:.*\\\n)*.*)$", (INFRA / "Dockerfile").read_text(), flags=re.M)
+    return dict(re.findall(r"(\w+)=(\S+)", block))
+
+
+def servers():
+    """Every Prefect server of infra/: its environment, and folders on volumes that outlast it."""
+    for name, service in SERVICES.items():
+        if service.get("command", [])[:3] == SERVER:
+            lasting = [mount.split(":") for mount in service["volumes"]]
+            mounts = [place for source, place in lasting if source in COMPOSE["volumes"]]
+            yield pytest.param(service["environment"], mounts, id=f"compose {name}")
+    for path in sorted(INFRA.glob("kubernetes/**/*.yaml")):
+        for pod in pods(yaml.safe_load_all(path.read_text())):
+            for container in pod["containers"]:
+                if container.get("args", [])[:3] == SERVER:
+                    claims = {one["name"] for one in pod["volumes"] if "persistentVolumeClaim" in one}
+                    mounts = [one["mountPath"] for one in container["volumeMounts"] if one["name"] in claims]
+                    environment = {one["name"]: one.get("value") for one in container["env"]}
+                    yield pytest.param(environment, mounts, id=path.name)
+
+
+SERVER = ["prefect", "server", "start"]
+
+
+@pytest.mark.parametrize(("environment", "mounts"), servers())
+def test_a_server_has_the_settings_of_serve_and_its_turns_outlast_it(environment, mounts):
+    image = image_environment()
+    assert {**image, **environment}.items() >= serve.SERVER.items()
+    # where Prefect keeps the leases of its concurrency limits: <PREFECT_HOME>/concurrency_leases
+    assert mounts == [environment.get("PREFECT_HOME", image["PREFECT_HOME"])]
+
+
+def test_a_server_by_hand_keeps_its_turns_too():
+    page = (ROOT / "docs/operations.md").read_text()
+    (block,) = [block for block in CONSOLE.findall(page) if "prefect server start" in block]
+    variable = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"
+    assert f"export {variable}={serve.SERVER[variable]}\n" in block
 
 
 # -- SLURM
@@ -237,11 +331,12 @@ def test_builds_find_the_scheduler_that_left_its_address(tmp_path):
     assert subprocess.check_output(command, env=environment, text=True) == "tcp://10.0.0.1:8786\n"
 
 
-def test_the_jobs_of_the_executor_slurm_ask_for_a_gpu_and_declare_it():
+def test_the_jobs_of_the_executor_slurm_ask_for_a_gpu_and_declare_it(tmp_path):
     import dask
     from dask_jobqueue.slurm import SLURMJob
 
     settings = yaml.safe_load((INFRA / "slurm/jobqueue.yaml").read_text())["jobqueue"]["slurm"]
+    settings["log-directory"] = str(tmp_path / settings["log-directory"])  # which is made
     with dask.config.set({"jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **settings}}):
         options = {"processes": settings["processes"], "worker_extra_args": settings["worker-extra-args"]}
         text = SLURMJob("tcp://127.0.0.1:8786", "check", **options).job_script()
@@ -292,7 +387,7 @@ def substituted(word):
 def documented():
     """Every command of docs/operations.md: in blocks, and within the text."""
     page = (ROOT / "docs/operations.md").read_text()
-    for block in re.findall(r"```console\n(.*?)```", page, flags=re.S):
+    for block in CONSOLE.findall(page):
         yield from command_lines.lines_of(block)
     for line in re.findall(r"`((?:negfacediff|prefect) [^`]+)`", page):
         yield line.replace("ID", "0" * 32).split()
@@ -304,12 +399,32 @@ def test_a_documented_command_is_one_that_its_program_takes(words):
         words = words[1:]
     named = [word for word in words if word.startswith(("infra/", "deployments/"))]
     assert all((ROOT / word).exists() for word in named if word != "infra/.env")
-    if words[:2] == ["docker", "compose"]:
+    if words[:2] == ["./run", "test"]:
+        assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+    elif words[:2] == ["docker", "compose"]:
         asked = {words[place + 1] for place, word in enumerate(words) if word == "--profile"}
         assert asked <= {profile for service in SERVICES.values() for profile in service.get("profiles", ())}
         assert "exec" not in words or words[words.index("exec") + 1] in SERVICES
     elif not command_lines.check(words):
         assert words[0] in {"cp", "docker", "export", "kubectl", "mkdir", "sbatch"}, words
+
+
+def test_the_table_of_sizes_is_what_its_commands_plan():
+    plans = [words for words in documented() if words[:2] == ["negfacediff", "plan"] and "--workers" in words]
+    rows = re.findall(r"^\| [\d.]+M \|(.+)\|$", (ROOT / "docs/operations.md").read_text(), flags=re.M)
+    for words, row in zip(plans, rows, strict=True):
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        build = load_build(words[2], [word for word in words if "=" in word])
+        execution = ExecutionConfig(executor=options["--executor"], workers=options["--workers"])
+        plan = plan_of(build, "store", execution, load_calibration(options["--device"]))
+        people, block, units, size, runs, evaluations, hours, *_ = (cell.strip() for cell in row.split("|"))
+        assert people == f"{build.identities:,} x {build.images}"
+        assert block == f"{build.block_identities} x {build.block_images}"
+        assert (units, runs) == (f"{plan.stages['samples'].units:,}", f"{plan.task_runs}")
+        assert size.split()[1] == size_text(sum(stage.bytes for stage in plan.stages.values())).split()[1]
+        assert float(evaluations.split()[0]) == pytest.approx(plan.evaluations / 1e9, rel=0.01)
+        assert plan.time is not None
+        assert float(hours) == pytest.approx(plan.time.device.seconds / 3600, rel=0.01)
 
 
 def test_a_wrong_command_is_noticed():
@@ -327,7 +442,8 @@ def test_every_setting_of_prefect_exists():
     from prefect.settings.legacy import _get_settings_fields
 
     known = _get_settings_fields(Settings)
-    named = {name for path in TEXTS for name in re.findall(r"\bPREFECT_[A-Z_]+\b", path.read_text())}
+    texts = [path.read_text() for path in (*TEXTS, ROOT / "docs/operations.md")]
+    named = {name for text in texts for name in re.findall(r"\bPREFECT_[A-Z_]+\b", text)}
     assert {"PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_UI_API_URL"} <= named <= set(known)
 
 
