@@ -13,7 +13,8 @@ from pydantic import Field
 
 from flows.artifacts import key_of
 from flows.plan import plan_lines, print_plan
-from flows.planning import Plan, timed_plan_of
+from flows.planning import Plan, can_be_timed, plan_of, timed_plan_of
+from flows.progress import clock_text
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, ConfigError
 
@@ -62,7 +63,9 @@ def approve_in_prefect(build: BuildConfig, store: str, execution: ExecutionConfi
         )
     text = f"{described}.\n\n" + "\n".join(f"- **{label}** {said}" for label, said in plan_lines(plan))
     create_markdown_artifact(text, key_of("plan", plan.name), f"Plan of {plan.name}")
-    question = Approval.with_initial_data(description=text, approved=False)
+    # the form of the question shows no description of a field
+    asked = f"{text}\n\nTo make it, switch *Approved* on and submit. Submitted without, the run ends."
+    question = Approval.with_initial_data(description=asked, approved=False)
     try:
         # a retry of the flow run asks anew, and would else find the answer to the question before
         key = f"approval-{flow_run.run_count}"
@@ -74,12 +77,19 @@ def approve_in_prefect(build: BuildConfig, store: str, execution: ExecutionConfi
 
 
 def _too_long(build: BuildConfig, store: str, execution: ExecutionConfig) -> Plan | None:
+    """Return the plan of a build that would take too long unasked, or for a time that is not known."""
+    if not can_be_timed(execution):
+        return plan_of(build, store, execution)
     plan = timed_plan_of(build, store, execution)
     return plan if plan.hours > execution.approve_above_hours else None
 
 
 def _described(plan: Plan, execution: ExecutionConfig) -> str:
-    return (
-        f"{plan.name} would take about {plan.hours:,.2g} hours here, more than the "
-        f"{execution.approve_above_hours:g} that need no approval"
-    )
+    allowed = f"the {execution.approve_above_hours:g} h that need no approval"
+    if plan.calibration is None or plan.time is None:
+        return (
+            f"How long {plan.name} would take on workers of {execution.executor} is not known (the setting "
+            f"calibration can name such a device), and so not whether it is within {allowed}"
+        )
+    most = "at least" if plan.calibration.floor else "about"
+    return f"{plan.name} would take {most} {clock_text(plan.time.wall.seconds)}, more than {allowed}"

@@ -38,9 +38,10 @@ PERIOD, LONGEST = 3.0, 30.0
 PATIENCE = 5.0
 # Failures that are listed; the rest are counted.
 LISTED = 50
-# A picture of at most so many bytes is shown as it is; another as a JPEG of at most so many pixels a side. A
-# page of Prefect loads all of a run's artifacts at once.
-BYTES, SIDE = 150_000, 1600
+# A picture of at most so many bytes is shown as it is; another as WebP of this quality and at most so many
+# pixels a side. A page of Prefect loads all of a run's artifacts at once, and its database keeps each three
+# times: as the run's, as the latest of its key, and in the event that tells of it.
+BYTES, QUALITY, SIDE = 10_000, 80, 1600
 #: The deployment that goes on with a run of a store.
 RESUME = "resume-failed/resume-failed"
 # The headings of the pictures, in the order in which they stand.
@@ -65,6 +66,8 @@ def progress_artifacts(run: str, meters: Sequence[Meter]) -> Iterator[None]:
     if FlowRunContext.get() is None:
         yield
         return
+    # the page of a flow run opens with its log
+    get_run_logger().info("To do: %s. How it goes is shown in the tab Artifacts.", _to_do(meters))
     done = threading.Event()
     # a daemon: a request that hangs must not keep the process
     thread = threading.Thread(target=copy_context().run, args=(_follow, run, meters, done), daemon=True)
@@ -74,6 +77,12 @@ def progress_artifacts(run: str, meters: Sequence[Meter]) -> Iterator[None]:
     finally:
         done.set()
         thread.join(PATIENCE)
+
+
+def _to_do(meters: Sequence[Meter]) -> str:
+    """List what the stages lack: `samples 256 images, aligned 256 images`."""
+    lacking = (meter for meter in meters if not meter.complete)
+    return ", ".join(f"{meter.stage} {meter.total - meter.position:,} {meter.noun}" for meter in lacking)
 
 
 def _follow(run: str, meters: Sequence[Meter], done: threading.Event) -> None:
@@ -192,28 +201,31 @@ def _cell(text: str) -> str:
 
 
 def data_url(picture: bytes) -> str:
-    """Return a PNG as a `data:` URL, which shows without a network: a big one smaller, and as a JPEG."""
+    """Return a PNG as a `data:` URL, which shows without a network: a big one smaller, and as WebP."""
     kind = "png"
     if len(picture) > BYTES:
         image = Image.open(io.BytesIO(picture)).convert("RGB")
         image.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85, optimize=True)
-        kind, picture = "jpeg", buffer.getvalue()
+        image.save(buffer, "WEBP", quality=QUALITY, method=6)
+        kind, picture = "webp", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def publish_failures(run: str, store: str, failures: Sequence[Failure]) -> None:
-    """List units that failed, why, where their logs are, and how to go on: the artifact `<run>-failed`."""
-    rows = [[one.stage, one.unit, f"`{one.error}`", f"`{one.log}`"] for one in failures[:LISTED]]
-    more = f"And {len(failures) - LISTED:,} more.\n\n" if len(failures) > LISTED else ""
-    text = (
-        f"## {run} is not complete\n\n{count_text(len(failures), 'unit')} failed; the others are kept.\n\n"
-        f"{_table(['stage', 'unit', 'what went wrong', 'log'], rows)}\n\n{more}"
-        f"### To go on, when the cause is mended\n\n{_ways_on(run, store, 'resume')}"
-    )
+def publish_failures(run: str, store: str, why: str, failures: Sequence[Failure]) -> None:
+    """Say why a run ended; list units that failed, where their logs are, and how to go on: `<run>-failed`."""
+    # as text, which breaks into lines; code would push the log out of sight
+    rows = [
+        [one.stage, one.unit, one.error.replace("<", "&lt;"), f"`{one.log}`"] for one in failures[:LISTED]
+    ]
+    parts = [f"## {run} is not complete", why, "What is committed is kept."]
+    if rows:
+        parts.append(_table(["stage", "unit", "what went wrong", "log"], rows))
+    if len(failures) > LISTED:
+        parts.append(f"And {len(failures) - LISTED:,} more.")
+    parts += ["### To go on, when the cause is mended", _ways_on(run, store, "resume")]
     with _as_far_as_it_goes():
-        create_markdown_artifact(text, key_of(run, "failed"), f"Units of {run} that failed")
+        create_markdown_artifact("\n\n".join(parts), key_of(run, "failed"), f"Why {run} is not complete")
 
 
 def publish_failed_images(run: str, store: str, failed: Mapping[Unit, int], example: str) -> None:

@@ -7,8 +7,9 @@ waits for them all; running the same build again after any interruption is there
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, pairwise
+from time import sleep
 from typing import Any, cast
 
 from prefect import flow
@@ -43,7 +44,7 @@ from flows.rounds import GROUPS, chunk_size
 from flows.turns import turn
 from flows.words import command_text, count_text
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.errors import BuildError, PlaceError
+from negfacediff_core.errors import BuildError, PlaceError, StoreError
 from negfacediff_core.stages import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import committed, pending
@@ -51,6 +52,7 @@ from negfacediff_core.store.shards import prepare
 from tasks.chunks import Crew, Failure, Line, UnitsFailed, run_chunk, size_of
 from tasks.energy import measured
 from tasks.executors import check_available, open_pool
+from tasks.worker_logs import run_logger
 from tasks.workers import check_workers
 
 #: What runs the chunks of every flow that makes units. Two overlap: while one waits for its last units, the
@@ -62,6 +64,8 @@ NAMED = 3
 # Seconds that a process which is told to end has for telling Prefect so. A unit in the midst of sampling
 # would hold it for minutes; it has committed nothing, and the next run makes it.
 LEAVE = 4.0
+# Seconds between two questions to a store that does not answer: ten minutes in all, then the build ends.
+PAUSES = (5, 10, 20, 40, 80, 160, 285)
 DEFAULT_EXECUTION = ExecutionConfig()
 
 
@@ -80,17 +84,36 @@ def build_dataset(
     Returns `name`, the `stages`' directories, the evaluation's `figures`, and the `seconds` that work on its
     units took, in this run or others.
     """
+    return make_dataset(lambda: build, execution, store)
+
+
+def make_dataset(settle: Callable[[], BuildConfig], execution: ExecutionConfig, store: str) -> dict[str, Any]:
+    """Make, in the flow run at hand, the dataset whose settings `settle` returns, as `build_dataset` does.
+
+    It is asked before, so that what cannot be is refused at once, and again when the store is this run's:
+    the run that it waited for may have changed what is there. Nothing is written until then.
+    """
+    build = settle()
     check_available(execution, build.samples.precision)
-    specs = stages_of(build, store)
+    stages_of(build, store)
     if execution.approve_above_hours:
         approve_in_prefect(build, store, execution)
+    with turn(store):
+        build = settle()
+        return _make(build, stages_of(build, store), execution, store)
+
+
+def _make(
+    build: BuildConfig, specs: Mapping[str, StageSpec], execution: ExecutionConfig, store: str
+) -> dict[str, Any]:
+    """Make what the planned stages lack, and record, write and publish what came of it."""
     for spec in specs.values():
         prepare(spec)
     # only images that are all made here, in one go, tell what they took
     whole = not execution.elsewhere and not committed(specs["samples"])
     joules = None if whole else recorded_energy(build, specs, store)
     record_run(build, specs, store, joules=joules)
-    with turn(store), measured() as energy:
+    with measured() as energy:
         _run_stages(build.name, store, specs, execution)
     seconds = seconds_of(specs.values())
     record_run(build, specs, store, seconds, energy.joules if whole else joules)
@@ -166,8 +189,8 @@ def run_groups(
             if isinstance(error, TerminationSignal):
                 threading.Thread(target=_leave, daemon=True).start()
             if isinstance(error, BuildError):
-                if isinstance(error, UnitsFailed):
-                    publish_failures(run, store, error.failures)
+                failures = error.failures if isinstance(error, UnitsFailed) else ()
+                publish_failures(run, store, str(error), failures)
                 raise BuildError(f"{error} {_how_to_go_on(run, store)}") from error
             raise
 
@@ -188,13 +211,16 @@ def _how_to_go_on(run: str, store: str) -> str:
 def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
     """Run rounds over the units that the stages `specs` lack.
 
+    A store that does not answer, as in an outage, is waited for between rounds.
+
     Raises:
-        BuildError: when the rounds are used up (UnitsFailed), or at once where nothing can be written.
+        BuildError: when the rounds are used up, or the store has not answered for too long (UnitsFailed); at
+            once where nothing can be written.
     """
     failures: list[Failure] = []
     rounds = crew.execution.retries + 1
     for attempt in range(rounds):
-        lines = pending_lines(specs)
+        lines = _lines_left(specs, failures)
         if not lines:
             return
         # A unit that kills its worker takes along what runs beside it: in the end each has a chance alone.
@@ -206,8 +232,28 @@ def finish(specs: Sequence[StageSpec], crew: Crew) -> None:
             failures = _run_round(together, attempt, crew) + _run_alone(alone, attempt, crew)
         except PlaceError as error:
             raise BuildError(f"The build stopped. {error}") from error
-    if left := pending_lines(specs):
+    if left := _lines_left(specs, failures):
         raise UnitsFailed(_describe_failures(failures, len(left), rounds), failures)
+
+
+def _lines_left(specs: Sequence[StageSpec], failures: Sequence[Failure]) -> list[Line]:
+    """Return `pending_lines`; a store that does not answer is asked again after each of PAUSES.
+
+    Raises BuildError as `finish`, with the `failures` of the round before.
+    """
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return pending_lines(specs)
+        except PlaceError as error:
+            raise BuildError(f"The build stopped. {error}") from error
+        except StoreError as error:
+            pause = next(pauses, None)
+            if pause is None:
+                said = f"The store has not answered for {clock_text(sum(PAUSES))}. {error}"
+                raise UnitsFailed(said, failures) from error
+            run_logger().warning("%s Asking again in %d s.", error, pause)
+            sleep(pause)
 
 
 def pending_lines(specs: Sequence[StageSpec]) -> list[Line]:

@@ -23,7 +23,7 @@ def load_calibration(name: str) -> Calibration:
     if name not in texts:
         raise ConfigError(
             f"There is no calibration of a device {name!r}; there are {', '.join(sorted(texts))}, and auto, "
-            "cpu, cuda and cuda:N time the device at hand."
+            "cpu, cuda and cuda:N time the device that units would run on."
         )
     try:
         return _CALIBRATION.validate_python(yaml.safe_load(texts[name]()))

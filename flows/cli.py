@@ -1,6 +1,7 @@
 """The `negfacediff` command. Heavy imports stand inside the commands, so that help comes at once."""
 
 import sys
+from enum import StrEnum
 from textwrap import TextWrapper
 from typing import Annotated
 
@@ -29,12 +30,22 @@ from flows.pack import app as pack_app
 from flows.plan import plan
 from flows.serve import serve
 from flows.store import COMMANDS
+from flows.train_recogniser_command import onnx, prune, study_recognition, train_recogniser
+from flows.verify_recogniser_command import verify_recogniser
 from flows.weights import app as weights_app
 from flows.whose import whose
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError
 
 BAD_INPUT, BUILD_FAILED = 2, 1
+
+
+class Configured(StrEnum):
+    """What has fields."""
+
+    build = "build"
+    recogniser = "recogniser"
+
 
 app = typer.Typer(
     name="negfacediff",
@@ -166,12 +177,18 @@ def presets(
 
 
 @app.command()
-def fields() -> None:
+def fields(
+    of: Annotated[
+        Configured, typer.Argument(help="Of a build's presets, or of the recipes of recognisers.")
+    ] = Configured.build,
+) -> None:
     """List every field that a preset or --set can give, with its default and what it means."""
     from flows.presets import describe_fields
+    from negfacediff_core.config import BuildConfig
+    from negfacediff_core.recognition.recipe import RecogniserConfig
 
     table = Table("field", "default", "meaning", box=None)
-    for name, default, meaning in describe_fields():
+    for name, default, meaning in describe_fields(BuildConfig if of == "build" else RecogniserConfig):
         table.add_row(f"[bold]{name}", default, meaning)
     Console().print(table)
 
@@ -259,6 +276,22 @@ app.command(
     "--refill"
 )(export)
 app.command(epilog="Example: negfacediff whose face.jpg out")(whose)
+app.command(
+    epilog="Examples:\n\nnegfacediff train-recogniser out demo --out trained --recipe small\n\n"
+    "negfacediff train-recogniser exported --out trained --processes 4 --set schedule=plateau"
+)(train_recogniser)
+app.command(
+    epilog="Examples:\n\nnegfacediff prune trained --share 0.8 --out kept.csv\n\n"
+    "negfacediff export out demo --out pruned --filter kept.csv"
+)(prune)
+app.command(epilog="Example: negfacediff study-recognition negative --store studies --out studies/negative")(
+    study_recognition
+)
+app.command(epilog="Example: negfacediff onnx 295672backbone.pth --out packs/elasticface")(onnx)
+app.command(
+    epilog="Examples:\n\nnegfacediff verify-recogniser lfw.bin agedb_30.bin --recogniser packs/buffalo_l\n\n"
+    "negfacediff verify-recogniser faces_emore IJBC --recogniser one.onnx,name=w0 --recogniser other.pth"
+)(verify_recogniser)
 app.command(
     epilog="Examples:\n\nnegfacediff automations\n\nnegfacediff automations mark-crashed resume-crashed\n\n"
     "negfacediff automations notify --block slack-webhook/team\n\n"

@@ -27,9 +27,13 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's l
 def with_execution(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every field of `ExecutionConfig` but those `left_out`.
 
+    What approval alone reads is left out with it.
+
     The options stand where the command's parameter `execution` does, which gets them checked; a ConfigError
     names an impossible value before the command begins.
     """
+    if "approve_above_hours" in left_out:
+        left_out += ("calibration",)
     fields = {name: field for name, field in ExecutionConfig.model_fields.items() if name not in left_out}
     options = [
         Parameter(
@@ -78,8 +82,17 @@ def show_log(verbose: bool) -> None:
         os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "INFO"
 
 
-def build_in(store: str, config: BuildConfig, execution: ExecutionConfig, verbose: bool) -> None:
-    """Check a build, run it to its end, and print its figures and where they lie."""
+def build_in(
+    store: str,
+    config: BuildConfig,
+    execution: ExecutionConfig,
+    verbose: bool,
+    run: Callable[[ExecutionConfig], dict[str, Any]] | None = None,
+) -> None:
+    """Check a build, run it to its end, and print its figures and where they lie.
+
+    `run` launches another flow that makes it and returns what `build_dataset` does; None: that flow itself.
+    """
     check([config], store, execution)
     show_log(verbose)
     if execution.approve_above_hours:
@@ -88,10 +101,13 @@ def build_in(store: str, config: BuildConfig, execution: ExecutionConfig, verbos
         approve_in_terminal(config, store, execution)
         # asked here, and so not once more in Prefect
         execution = execution.model_copy(update={"approve_above_hours": 0.0})
-    from flows.build import build_dataset
-    from flows.launch import launch
+    if run is None:
+        from flows.build import build_dataset
+        from flows.launch import launch
 
-    result = launch(build_dataset, build=config, execution=execution, store=store)
+        result = launch(build_dataset, build=config, execution=execution, store=store)
+    else:
+        result = run(execution)
     print_figures([result["figures"]])
     stages = result["stages"]
     print_places(

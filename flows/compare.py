@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.artifacts import publish
 from flows.results import figures_of, json_bytes, judge_of, protocol_of, report_of, seconds_of
@@ -29,7 +30,12 @@ class Dataset(NamedTuple):
     stages: Mapping[str, StageSpec]
 
 
-@flow(name="compare")
+def _title() -> str:
+    """Name the flow run that this is called in after the runs that it compares."""
+    return title_of(flow_run.parameters["runs"])
+
+
+@flow(name="compare", flow_run_name=_title)
 def compare(store: str, runs: Sequence[str], out: str = "comparison") -> dict[str, Any]:
     """Compare finished runs of `store` with the first of them; write report and pictures to the folder `out`.
 
@@ -41,8 +47,13 @@ def compare(store: str, runs: Sequence[str], out: str = "comparison") -> dict[st
         runs: Names of 2 to 7 finished runs; the others are compared with the first.
         out: Folder or fsspec URL for the report and the pictures.
     """
-    title = f"{', '.join(runs[:-1])} and {runs[-1]}"
-    return write_comparison(title, read_datasets(store, runs), out)
+    datasets = read_datasets(store, runs)
+    return write_comparison(title_of(runs), datasets, out)
+
+
+def title_of(runs: Sequence[str]) -> str:
+    """Name a comparison: `one, two and three`."""
+    return " and ".join(filter(None, (", ".join(runs[:-1]), *runs[-1:])))
 
 
 def read_datasets(store: str, runs: Sequence[str]) -> dict[str, Dataset]:

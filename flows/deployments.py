@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from flows.presets import headline, preset_text
+from flows.recipes import recipe_text
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-#: The work pool of prefect.yaml, and the variable that sets the store of its deployments.
-POOL, STORE_VARIABLE = "negfacediff", "NEGFACEDIFF_STORE"
+#: The work pool of prefect.yaml, and the variables that set store and executor of its deployments.
+POOL, STORE_VARIABLE, EXECUTOR_VARIABLE = "negfacediff", "NEGFACEDIFF_STORE", "NEGFACEDIFF_EXECUTOR"
 #: Tag of all deployments, by which the UI can be filtered.
 TAG = "negfacediff"
+#: Of the schedules: said rather than left to Prefect, whose default is the same.
+TIME_ZONE = "UTC"
 
 # The functions of the flows; the flow's name, which begins that of a deployment, is the key.
 ENTRYPOINTS = {
@@ -26,7 +29,15 @@ ENTRYPOINTS = {
     "compare": "flows.compare.compare",
     "resume-failed": "flows.recovery.resume_failed",
     "verify-store": "flows.verification.verify_store",
+    "train-recogniser": "flows.train_recogniser.train_recogniser",
+    "verify-recogniser": "flows.verify_recogniser.verify_recogniser",
 }
+# Flows that read no store; what they write lies beside the datasets.
+WITHOUT_STORE = ("verify-recogniser",)
+# Where flows that write beside the datasets write, below the store.
+OUT = {"compare": "comparison", "train-recogniser": "recogniser"}
+# Flows whose units an executor runs.
+WITH_EXECUTOR = ("build-dataset", "grow-dataset", "evaluate", "resume-failed")
 
 
 class Deployment(NamedTuple):
@@ -49,11 +60,17 @@ class Deployment(NamedTuple):
         """Flow and name, as Prefect's commands want it."""
         return f"{self.flow}/{self.name}"
 
-    def form(self, store: str) -> dict[str, Any]:
-        """Return the parameters that the form begins with, where datasets are kept in `store`."""
+    def form(self, store: str, executor: str = "") -> dict[str, Any]:
+        """Return the parameters that the form begins with, where datasets are kept in `store`.
+
+        `executor` is where units run, if not in threads of the machine that runs the flow.
+        """
+        if self.flow in WITHOUT_STORE:
+            return {**self.parameters, "out": f"{store}/verification"}
         build = {"build": yaml.safe_load(preset_text(self.preset))} if self.preset else {}
-        out = {"out": f"{store}/comparison"} if self.flow == "compare" else {}
-        return {"store": store, **build, **self.parameters, **out}
+        how = {"execution": {"executor": executor}} if executor and self.flow in WITH_EXECUTOR else {}
+        out = {"out": f"{store}/{OUT[self.flow]}"} if self.flow in OUT else {}
+        return {"store": store, **build, **self.parameters, **how, **out}
 
 
 _GOES_ON = (
@@ -94,11 +111,13 @@ DEPLOYMENTS = (
     Deployment(
         "grow-dataset",
         "nightly",
-        "Adds identities to a run every night at two. **The schedule is off:** set the parameters to your "
-        "run and store, then turn it on, on this page or with `prefect deployment schedule resume`; off "
-        "again in the same way (`pause`). A night is left out while the one before it is still at work.",
+        f"Adds identities to a run every night at two, {TIME_ZONE} (the schedule's time zone, on this page, "
+        "is yours to set). **The schedule is off:** set the parameters to your run and store, then turn it "
+        "on, on this page or with `prefect deployment schedule resume`; off again in the same way (`pause`). "
+        "A night is left out while the one before it is still at work.",
         (TAG, "build", "schedule"),
-        parameters=MappingProxyType({"run": "demo", "identities": 100}),
+        # the demo's pack has contexts for so many
+        parameters=MappingProxyType({"run": "demo", "identities": 100, "until_identities": 300}),
         cron="0 2 * * *",
     ),
     Deployment(
@@ -130,6 +149,24 @@ DEPLOYMENTS = (
         "something is damaged, and its artifact lists it; with *repair*, resume-failed then makes it again.",
         (TAG, "store"),
     ),
+    Deployment(
+        "train-recogniser",
+        "train-recogniser",
+        "Trains a recogniser on the aligned crops of a run, or of a folder, and writes it as ONNX. The form "
+        "begins with the recipe *small*, for a CPU; `negfacediff train-recogniser --recipe paper` is the "
+        "published one. After a cancellation or a crash, run it again with the same parameters: it goes on "
+        "from its last checkpoint.",
+        (TAG, "recogniser"),
+        parameters=MappingProxyType({"run": "demo", "recipe": yaml.safe_load(recipe_text("small"))}),
+    ),
+    Deployment(
+        "verify-recogniser",
+        "verify-recogniser",
+        "Verifies recognisers on sets of pairs (LFW and its like, as .bin files or pair lists) and of "
+        "templates (IJB-C): ten-fold accuracy, TAR at FAR, EER, and how recognisers differ. The table is an "
+        "artifact, and lies with all figures in *out*.",
+        (TAG, "figures"),
+    ),
 )
 
 
@@ -144,7 +181,7 @@ def runner_deployment(deployment: Deployment, store: str, active: bool) -> "Runn
     scheduled: dict[str, Any] = {}
     if deployment.cron:
         scheduled = {
-            "schedules": [Cron(deployment.cron, active=active, slug=deployment.name)],
+            "schedules": [Cron(deployment.cron, timezone=TIME_ZONE, active=active, slug=deployment.name)],
             "concurrency_limit": ConcurrencyLimitConfig(
                 limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
             ),
@@ -169,7 +206,8 @@ HEAD = f"""\
 #   prefect worker start --pool {POOL}
 #
 # {STORE_VARIABLE} is the store that the forms begin with: a folder that every worker sees under the same
-# absolute path, or an fsspec URL. The package is installed where workers run; nothing is pulled.
+# absolute path, or an fsspec URL; {EXECUTOR_VARIABLE} the executor, such as tcp://scheduler:8786, threads
+# where it is not set. The package is installed where workers run; nothing is pulled.
 #
 # Runs into one store wait for each other, one concurrency limit a store; two stores run side by side.
 # The schedule of grow-dataset/nightly is off. To turn it on or off: in the UI, on the deployment's page, or
@@ -191,7 +229,9 @@ def prefect_yaml() -> str:
 
 def _for_pool(deployment: Deployment) -> dict[str, Any]:
     scheduled = {
-        "schedules": [{"cron": deployment.cron, "slug": deployment.name, "active": False}],
+        "schedules": [
+            {"cron": deployment.cron, "timezone": TIME_ZONE, "slug": deployment.name, "active": False}
+        ],
         "concurrency_limit": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
     }
     return {
@@ -199,10 +239,15 @@ def _for_pool(deployment: Deployment) -> dict[str, Any]:
         "entrypoint": ENTRYPOINTS[deployment.flow],
         "description": deployment.description,
         "tags": list(deployment.tags),
-        "parameters": deployment.form(f"{{{{ ${STORE_VARIABLE} }}}}"),
+        "parameters": deployment.form(_variable(STORE_VARIABLE), _variable(EXECUTOR_VARIABLE)),
         **(scheduled if deployment.cron else {}),
         "work_pool": {"name": POOL},
     }
+
+
+def _variable(name: str) -> str:
+    """Return what `prefect deploy` puts an environment variable in the place of."""
+    return f"{{{{ ${name} }}}}"
 
 
 if __name__ == "__main__":

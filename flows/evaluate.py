@@ -4,7 +4,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, make_dataset
 from flows.form import STORE, MaybeName, Name
 from flows.growth import evaluated
 from negfacediff_core.config import EvaluationConfig, ExecutionConfig
@@ -39,4 +39,4 @@ def evaluate(
         execution: How it runs; nothing here changes a figure.
         store: The store.
     """
-    return build_dataset.fn(evaluated(store, run, evaluation.model_dump(), judge, name), execution, store)
+    return make_dataset(lambda: evaluated(store, run, evaluation.model_dump(), judge, name), execution, store)

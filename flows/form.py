@@ -15,5 +15,6 @@ STORE: Any = Field(
     default="store",
     description="Folder, as the machine that runs this sees it, or fsspec URL (s3://bucket/faces) that "
     "datasets are kept in.",
-    json_schema_extra={"position": -1},
+    # an empty box, or a variable that was not set, is no folder
+    json_schema_extra={"position": -1, "minLength": 1},
 )

@@ -4,10 +4,10 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, make_dataset
 from flows.form import STORE, More, Name
 from flows.growth import grown
-from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig
 
 
 @flow(
@@ -26,7 +26,8 @@ def grow_dataset(
     """Add identities, or images of each, to a run; nothing that it has changes or moves.
 
     A run that is not complete is finished instead, so that a growth that was interrupted can be retried, and
-    a schedule never piles up work. Returns and raises as `build_dataset`; besides, StoreError if there is no
+    a schedule never piles up work. A growth that waits for another run of the store adds to what is there
+    when its turn has come. Returns and raises as `build_dataset`; besides, StoreError if there is no
     such run or its weights are others now, ConfigError if nothing is to be added.
 
     Args:
@@ -37,7 +38,14 @@ def grow_dataset(
         execution: How it runs; nothing here changes a pixel.
         store: The store.
     """
-    build, said = grown(store, run, identities, images, until_identities)
-    get_run_logger().info(said)
+    told: set[str] = set()
+
+    def settle() -> BuildConfig:
+        build, said = grown(store, run, identities, images, until_identities)
+        if said not in told:
+            get_run_logger().info(said)
+        told.add(said)
+        return build
+
     # in this flow run, so that its page shows progress and figures
-    return build_dataset.fn(build, execution, store)
+    return make_dataset(settle, execution, store)

@@ -1,6 +1,6 @@
 """The commands `grow` and `evaluate`: a run of a store made larger, or evaluated anew."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,7 +33,17 @@ def grow(
     print(said)
     if yes:
         execution = execution.model_copy(update={"approve_above_hours": 0.0})
-    build_in(store, build, execution, verbose)
+
+    def launch_growth(execution: ExecutionConfig) -> dict[str, Any]:
+        from flows.grow import grow_dataset
+        from flows.launch import launch
+
+        # where other runs write to the store it waits, and adds to what is there then
+        return launch(
+            grow_dataset, run=run, identities=identities, images=images, execution=execution, store=store
+        )
+
+    build_in(store, build, execution, verbose, launch_growth)
 
 
 @with_execution("approve_above_hours")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flows.planning import Plan
     from negfacediff_core.cost import Calibration, Span
 
-# Devices that are timed here; any other name is that of a stored calibration.
+# Devices that are timed; any other name is that of a stored calibration.
 AT_HAND = ("auto", "cpu", "cuda")
 
 
@@ -30,12 +30,13 @@ def plan(
     device: Annotated[
         str,
         typer.Option(
-            help="auto, cpu, cuda or cuda:N: the device at hand, which is timed, in about a minute. Another "
-            "name is that of a stored calibration, such as h100."
+            help="auto, cpu, cuda or cuda:N: the device is timed in about a minute, here or on a worker of "
+            "the Dask scheduler that --executor names. Another name is that of a stored calibration, such as "
+            "h100."
         ),
     ] = DEFAULTS.device,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Time the device at hand, or leave time out.")
+        bool, typer.Option("--calibrate/--no-calibrate", help="Time the device, or leave time out.")
     ] = True,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from flows.calibrations import calibration_names, load_calibration
 from flows.rounds import task_runs
-from negfacediff_core.config import BuildConfig, ExecutionConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig, Speed
 from negfacediff_core.cost import Calibration, Estimate, estimate, evaluations_of
+from negfacediff_core.errors import ConfigError
 from negfacediff_core.operations import decoder_gflop, unet_gflop
 from negfacediff_core.stages import describe_build
 from negfacediff_core.stages.calibration import BUDGET, calibrate
@@ -22,7 +25,12 @@ from negfacediff_core.stages.costs import (
 from negfacediff_core.stages.sizes import StageSize, assumed_specs
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.records import pending
+from tasks.executors import check_available
 from tasks.machine import local_workers, uses_gpu, workers_by_cores
+from tasks.worker_calls import called_on_worker
+
+# Seconds that a worker elsewhere may take to be timed, other work before it included.
+PATIENCE = 600.0
 
 
 @dataclass(frozen=True)
@@ -78,23 +86,51 @@ def plan_of(
 
 
 def timed_plan_of(build: BuildConfig, store: str, execution: ExecutionConfig) -> Plan:
-    """Plan a build with a calibration of the device at hand, which takes a minute or less."""
+    """Plan a build with the calibration that `execution` names, or one of the device that units would run on.
+
+    That takes about a minute, here or on a worker of the Dask scheduler `execution.executor`. Raises
+    ConfigError if this machine lacks what `execution` asks for, or `can_be_timed` says no; WorkerError for
+    workers that cannot be used.
+    """
     networks, specs = _described(build, store)
-    calibration = calibrate(build, networks, specs, execution, budget=BUDGET)
+    if execution.calibration != Speed.timed:
+        calibration = load_calibration(execution.calibration)
+    elif not can_be_timed(execution):
+        raise ConfigError(
+            f"How fast the workers of {execution.executor} are is not known, as none is there to be timed: "
+            f"name a stored calibration of such a device by --device ({', '.join(calibration_names())}), or "
+            "leave time out by --no-calibrate."
+        )
+    elif execution.elsewhere:
+        calibration, roster = called_on_worker(
+            execution, PATIENCE, partial(calibrate, budget=BUDGET), build, networks, specs, execution
+        )
+        places = len(roster.places(gpu=True)) if calibration.gpu else 0, roster.slots(gpu=False)
+        return _plan(build, store, execution, networks, specs, calibration, places)
+    else:
+        check_available(execution, str(build.samples.precision))
+        calibration = calibrate(build, networks, specs, execution, budget=BUDGET)
     return _plan(build, store, execution, networks, specs, calibration)
+
+
+def can_be_timed(execution: ExecutionConfig) -> bool:
+    """Say whether the speed of a build's device is known, or can be found out without starting workers."""
+    return execution.calibration != Speed.timed or execution.executor not in ("slurm", "kubernetes")
 
 
 def places_of(execution: ExecutionConfig, calibration: Calibration | None = None) -> tuple[int, int]:
     """How many GPUs, and how many workers on CPUs beside them, a build runs on.
 
-    The workers of a cluster elsewhere are as many as `execution.workers` says; it is not asked.
+    The workers of a cluster elsewhere are as many as `execution.workers` says; it is not asked. Whether they
+    have GPUs, the calibration tells, and without one the device.
     """
     cores = workers_by_cores(execution)
-    if calibration is not None and calibration.floor:
-        return execution.workers or 1, cores
     if execution.elsewhere:
         workers = execution.workers or 1
-        return (workers if execution.device.startswith("cuda") else 0), workers
+        gpu = execution.device.startswith("cuda") if calibration is None else calibration.gpu
+        return (workers if gpu else 0), workers
+    if calibration is not None and calibration.floor:
+        return execution.workers or 1, cores
     if not uses_gpu(execution.device):
         return 0, local_workers(execution)
     if execution.executor == "cuda":
@@ -118,9 +154,11 @@ def _plan(
     networks: Networks,
     specs: Sequence[StageSpec],
     calibration: Calibration | None,
+    places: tuple[int, int] | None = None,
 ) -> Plan:
+    """Put a plan together; `places` are those of `places_of` where they were asked for."""
     sizes = sizes_of(specs, networks)
-    devices, workers = places_of(execution, calibration)
+    devices, workers = places or places_of(execution, calibration)
     gflop = unet_gflop(networks.unet, networks.latent_shape, 1)
     time = None
     if calibration is not None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from flows.words import count_text
+
 # Seconds between two plain lines of one stage.
 QUIET = 10.0
 
@@ -87,7 +89,10 @@ class Meter:
 
 
 def clock_text(seconds: float) -> str:
-    """Write a duration as m:ss or h:mm:ss."""
+    """Write a duration as m:ss or h:mm:ss; from a day on as days and hours."""
+    if seconds >= 24 * 3600:
+        days, hours = divmod(round(seconds / 3600), 24)
+        return f"{count_text(days, 'day')} {hours} h"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -5,13 +5,13 @@ from typing import Any, cast
 from prefect import flow, get_run_logger
 from prefect.states import Completed
 
-from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, build_dataset
+from flows.build import CHUNK_RUNNER, DEFAULT_EXECUTION, make_dataset
 from flows.form import STORE, MaybeName
 from flows.gate import leakage_gate
 from flows.leakage import GateRecord, on_cpu
 from flows.resume import complete_text, find_failed, find_open, forget_failed, recorded
 from flows.turns import turn
-from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig
 
 
 @flow(
@@ -48,4 +48,6 @@ def resume_failed(
                 get_run_logger().info(sentence)
     if isinstance(made_by, GateRecord):
         return leakage_gate.fn(store, made_by.run, made_by.settings, on_cpu(execution))
-    return build_dataset.fn(made_by, execution, store)
+    name = found.run
+    # read again when its turn has come: the run may have grown meanwhile
+    return make_dataset(lambda: cast("BuildConfig", recorded(store, name, execution)), execution, store)

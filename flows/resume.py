@@ -56,7 +56,9 @@ def retry_failed(
 ) -> None:
     """Make units of a run that failed, or have failed rows, and what was made from them again, and finish it.
 
-    Images without a face have not failed. What failed for a lasting reason fails in the same way again.
+    Images without a face have not failed. What failed for a lasting reason fails in the same way again. Stop
+    builds into the store first: records are removed without waiting for them, and one that just reads such a
+    unit fails, to be run again. The deployment resume-failed waits for its turn before.
     """
     found = find_failed(store, run)
     if found is None:

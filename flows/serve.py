@@ -28,10 +28,13 @@ HOST = "127.0.0.1"
 # Seconds: between two looks for submitted runs; between a run's signs of life, without which it counts as
 # crashed; for a server to come up; for runs, and then for the server, to end.
 POLL, HEARTBEAT, STARTUP, ENDING = 2.0, 30, 300.0, 60.0
-# Settings of a server that is started here. A lease in memory alone would never end if the server did.
+# Settings of a server that is started here. A lease in memory alone would never end if the server did; and
+# version 2 of the pages asks an analytics service for its settings, whatever analytics are set to.
 SERVER = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
 }
 

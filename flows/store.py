@@ -35,7 +35,9 @@ def verify(
     """Read every file of a store again and compare it with what was committed; list the damage.
 
     The exit code is 0 if all is well and 1 if something is damaged, even where --repair has mended it.
-    Repairing removes completion records, so that the next build makes those units again; stop builds first.
+    Repairing removes completion records, so that the next build makes those units again. Stop builds into the
+    store first: this waits for none, and one that just reads such a unit fails, to be run again. The
+    deployment verify-store waits for its turn before it repairs.
     """
     from flows.progress import CallbackBar
 

@@ -81,9 +81,9 @@ def _table(damage: "Sequence[Finding]") -> str:
     """A table of damage, a row a file."""
     units = list(by_units(damage).items())
     rows = [
-        f"| {stage or 'the store'} | {unit} | `{finding.path}` | {finding.problem} |"
+        f"| {stage or 'the store'} | {unit} | {finding.problem} | `{finding.path}` |"
         for (stage, unit), found in units[:LISTED]
         for finding in found
     ]
     more = [f"\nAnd {len(units) - LISTED:,} more units."] if len(units) > LISTED else []
-    return "\n".join(["| stage | unit | file | what is wrong |", "|---|---|---|---|", *rows, *more])
+    return "\n".join(["| stage | unit | what is wrong | file |", "|---|---|---|---|", *rows, *more])

@@ -204,6 +204,15 @@ class Acceleration(StrEnum):
     compile = "compile"
 
 
+class Speed(StrEnum):
+    """How it is known how fast the device of a build is: timed, or a stored calibration of such a device."""
+
+    timed = "timed"
+    a100 = "a100"
+    h100 = "h100"
+    xeon_amx = "xeon-amx"
+
+
 class Template(StrEnum):
     """The landmark template that faces are aligned to."""
 
@@ -606,6 +615,12 @@ class ExecutionConfig(Model):
         allow_inf_nan=False,
         description="A build that would take more hours than this, by a short timed run, waits for approval: "
         "on the terminal, or paused in Prefect. 0: never.",
+    )
+    calibration: Speed = Field(
+        default=Speed.timed,
+        description="How approval knows the speed of the device: timed (in a run of a minute, here or on a "
+        "worker of a Dask scheduler), or by what is stored of such devices: slurm and kubernetes cannot be "
+        "timed. Of a100 and h100 the least possible time is known alone.",
     )
 
     @property

@@ -35,3 +35,7 @@ class PlaceError(StoreError):
 
 class BuildError(NegFaceDiffError):
     """A build that could not finish: the message lists the units that failed and where their logs are."""
+
+
+class StoppedError(NegFaceDiffError):
+    """Work that was ended because nobody waits for it any more, as a build was cancelled."""

@@ -125,7 +125,7 @@ class _DaskPool:
                     self._fill(kind)
 
     def close(self) -> None:
-        """Hand out nothing more, and forget what is on the cluster."""
+        """Hand out nothing more, and end what is on the cluster."""
         self._closed.set()
         with self._lock:
             for lane in self._lanes.values():
@@ -203,7 +203,7 @@ class _DaskPool:
         return error.with_traceback(landed.traceback())
 
     def _leave(self, unit: _Unit) -> None:
-        """End a flight, wherever it is."""
+        """End a flight, wherever it is: a unit that is under way ends at its next step."""
         flight, unit.flight = unit.flight, None
         if flight is not None:
             flight.release()

@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from negfacediff_core.errors import StoppedError
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.records import Record
 
@@ -34,6 +35,8 @@ def counted(spec: StageSpec, make: Callable[[], Record]) -> None:
     began, clock = time.time(), time.perf_counter()
     try:
         record = make()
+    except StoppedError:
+        raise  # nobody waits for it: it has not failed
     except Exception:
         UNITS.labels(spec.name, "failed").inc()
         raise

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from negfacediff_core.errors import WorkerError
+from negfacediff_core.stopping import ended_when
 from negfacediff_core.store.layout import StageSpec
 from tasks.machine import installed_versions
 from tasks.units import lacking_here
@@ -97,6 +98,7 @@ def on_worker(run: str, versions: dict[str, str], function: Callable[..., Any], 
 
     Raises:
         WorkerError: if other versions are installed here, as on a worker that joined later.
+        StoppedError: if nobody waits for it any more.
     """
     from distributed import get_worker
 
@@ -104,8 +106,21 @@ def on_worker(run: str, versions: dict[str, str], function: Callable[..., Any], 
         if differing := differences(versions, installed_versions()):
             raise other_versions(str(get_worker().name), differing)
         _agreed.add(run)
-    with logs_sent(run, send_from_worker(run)):
+    with logs_sent(run, send_from_worker(run)), ended_when(released()):
         function(*args)
+
+
+def released() -> Callable[[], bool]:
+    """Return what tells whether nobody waits any more for the task that runs in this thread of a worker.
+
+    Its build was cancelled, has moved it elsewhere, or its driver is gone: Dask forgets such a task, and its
+    scheduler tells the worker, but the thread that is at it goes on.
+    """
+    from distributed import get_worker
+
+    worker = get_worker()
+    task = worker.state.tasks[worker.get_current_task()]
+    return lambda: task.state == "cancelled"
 
 
 def check_versions(client: "Client", where: str) -> None:
@@ -164,7 +179,7 @@ def lacking_by_stage(specs: Sequence[StageSpec], probe: str, device: str) -> dic
     """Say what each stage lacks here, by name, where it does; `probe` is a file that the driver has made."""
     lacking = {}
     for spec in specs:
-        what = lacking_here(spec) or (_no_device(device) if wants_gpu(spec) else None)
+        what = lacking_here(spec) or (no_device(device) if wants_gpu(spec) else None)
         if what is not None:
             lacking[spec.name] = what
     if not lacking and not specs[0].location.exists(probe):
@@ -177,7 +192,8 @@ def lacking_by_stage(specs: Sequence[StageSpec], probe: str, device: str) -> dic
     return lacking
 
 
-def _no_device(device: str) -> str | None:
+def no_device(device: str) -> str | None:
+    """Say what to do where the device, auto, cpu, cuda or cuda:N, is not here; None where it is."""
     if not device.startswith("cuda"):
         return None
     import torch

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[1]
 SERVE = """
@@ -77,12 +78,30 @@ def wait_for(condition: Any, otherwise: str, seconds: float = 600) -> Any:
     return found
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def served(folder: Path, port: int) -> Iterator[tuple[subprocess.Popen, Api]]:
+    """Run `negfacediff serve` with database and store in `folder`; yield its process and its API."""
+    command = f"from flows.cli import main; main(['serve', '--port', '{port}', '--store', '{folder}/store'])"
+    log = folder / "serve.log"
+    environment = {"PREFECT_HOME": str(folder / "prefect"), "DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with process(["-c", command], environment, log) as started:
+            wait_for(lambda: "Ctrl-C ends all" in log.read_text() or started.poll() is not None, "it hangs")
+            assert started.poll() is None, log.read_text()
+            yield started, Api(f"http://127.0.0.1:{port}/api")
+
+
 @contextmanager
 def server(folder: Path) -> Iterator[Api]:
     """Run a Prefect server whose database lies in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with process(command, {"PREFECT_HOME": str(folder)}, folder / "server.log"):
         api = Api(f"http://127.0.0.1:{port}/api")

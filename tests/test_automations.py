@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 import yaml
+from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from typer.testing import CliRunner
 
+import flows
 from flows.automations import automation_texts, set_up, take_away
 from flows.cli import app
 from flows.recovery import resume_failed
@@ -74,6 +78,15 @@ def test_notify_needs_a_block_that_is_there(prefect_server):
 def test_resume_crashed_needs_its_deployment(prefect_server):
     with pytest.raises(ConfigError, match=r"resume-failed/resume-failed is not on the Prefect server.*serve"):
         set_up("resume-crashed")
+
+
+@pytest.mark.parametrize("name", ["mark-crashed", "notify"])
+def test_no_flow_is_left_out(name):
+    modules = [import_module(f"flows.{module.name}") for module in iter_modules(flows.__path__)]
+    there = {one.name for module in modules for one in vars(module).values() if isinstance(one, Flow)}
+    assert {"build-dataset", "export-dataset"} <= there
+    related = yaml.safe_load(automation_texts()[name])["trigger"]["match_related"]
+    assert set(related["prefect.resource.name"]) == there
 
 
 def test_without_a_server_or_with_a_wrong_name_it_says_so():

@@ -19,6 +19,7 @@ from flows.compare import (
     _why_unpaired,
     compare,
     read_datasets,
+    title_of,
     write_comparison,
 )
 from flows.results import PAGE, figures_of
@@ -205,3 +206,8 @@ def test_the_command_refuses_before_prefect_starts(store, tmp_path, capsys):
     assert end.value.code == BAD_INPUT
     assert "no run nobody" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("runs", "title"), [(["a"], "a"), (["a", "b"], "a and b"), ("abc", "a, b and c")])
+def test_a_comparison_is_named_after_its_runs(runs, title):
+    assert title_of(runs) == title

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
@@ -11,7 +12,7 @@ from prefect.utilities.schema_tools.validation import ValidationError, validate
 
 from flows.deployments import DEPLOYMENTS, ENTRYPOINTS, prefect_yaml, runner_deployment
 from flows.presets import load_build, preset_texts
-from negfacediff_core.config import BuildConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig
 
 PROJECT = Path(__file__).parents[1]
 SCHEMAS = {
@@ -54,6 +55,13 @@ def test_prefect_yaml_is_that_of_the_table():
     ]
     scheduled = [schedule for one in content["deployments"] for schedule in one.get("schedules", ())]
     assert scheduled and not any(schedule["active"] for schedule in scheduled)
+    assert all(schedule["timezone"] == "UTC" for schedule in scheduled)
+
+
+def test_the_nightly_growth_ends_where_the_demo_has_no_more_contexts():
+    nightly = next(one for one in DEPLOYMENTS if one.cron)
+    there = np.load(PROJECT / load_build(nightly.parameters["run"], []).contexts.file)["contexts"]
+    assert nightly.parameters["until_identities"] == len(there)
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one.full_name)
@@ -73,7 +81,7 @@ def test_every_box_of_a_form_is_described_and_is_of_one_kind(flow):
         assert field.get("title") or behind.get("title"), name
         assert len(field.get("description") or behind.get("description") or "") > 8, name
         assert not {"anyOf", "oneOf"} & field.keys(), f"{name} would be shown as tabs or JSON"
-        assert field.get("type") != "array" or field["items"]["type"] == "string", name
+        assert field.get("type") != "array" or field["items"]["type"] in ("string", "integer"), name
         limits = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"} & field.keys()
         if limits and "." in name and not name.startswith(flow):
             assert "Allowed: " in field["description"], name
@@ -104,6 +112,7 @@ def test_what_is_changed_first_comes_first():
         ("build.aligned.detector_size", 33),
         ("execution.retries", -1),
         ("execution.executor", "spark"),
+        ("store", ""),
     ],
 )
 def test_a_wrong_value_is_refused_at_submission_and_its_field_is_named(field, value):
@@ -134,6 +143,15 @@ def test_a_served_deployment_is_found_by_its_module_wherever_it_runs():
     made = runner_deployment(nightly, "/data/faces", active=True)
     assert made.entrypoint == "flows.grow.grow_dataset"
     assert made.parameters == nightly.form("/data/faces")
-    assert [schedule.active for schedule in made.schedules] == [True]
+    assert [(schedule.active, schedule.schedule.timezone) for schedule in made.schedules] == [(True, "UTC")]
     assert made.concurrency_limit == 1
     assert made.enforce_parameter_schema
+
+
+@pytest.mark.parametrize(("variable", "executor"), [("tcp://scheduler:8786",) * 2, ("", "threads")])
+def test_forms_of_a_pool_begin_with_the_executor_that_a_variable_names(variable, executor):
+    form = yaml.safe_load(prefect_yaml())["deployments"][0]["parameters"]
+    assert form["execution"] == {"executor": "{{ $NEGFACEDIFF_EXECUTOR }}"}
+    form |= {"store": "/data/faces", "execution": {"executor": variable}}
+    assert validate(form, SCHEMAS["build-dataset"], ignore_required=True) == []
+    assert ExecutionConfig.model_validate(form["execution"]).executor == executor

@@ -13,12 +13,14 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL
 
+from flows import build
 from flows import demo as demo_module
 from flows.build import build_dataset
 from flows.cli import BUILD_FAILED, main
 from flows.demo import demo
 from flows.results import PAGE
 from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.errors import BuildError, StoreError
 from negfacediff_core.evaluation.schema import check_report
 from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.store.records import records
@@ -125,6 +127,42 @@ def test_a_unit_that_always_fails_is_named_with_its_log_stops_no_other_and_fails
     assert "a lasting trouble" in Path(log).read_text()
     embeddings = {spec.name: spec for spec in plan_build(tiny_build, str(tmp_path))}["embeddings"]
     assert len(records(embeddings)) == 5
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """Make so many listings fail, after the build has begun, as those of an object store that is down."""
+    left, paused = [], []
+
+    def listed(specs):
+        if left:
+            raise StoreError(left.pop())
+        return build.pending_lines.listing(specs)
+
+    listed.listing = build.pending_lines
+    monkeypatch.setattr(build, "pending_lines", listed)
+    monkeypatch.setattr(build, "sleep", paused.append)
+    yield lambda times: (left.extend(["cannot list s3://bucket: it is down."] * times), paused)[1]
+
+
+def test_a_store_that_does_not_answer_for_a_while_is_waited_for(tiny_build, tmp_path, calls, outage, caplog):
+    paused = outage(3)
+    build_dataset(tiny_build, THREADS, str(tmp_path))
+    assert paused == list(build.PAUSES[:3]) and set(calls.values()) == {1}
+    assert "it is down. Asking again in 5 s." in caplog.text
+
+
+def test_a_store_that_does_not_answer_any_more_fails_the_build_and_says_how_to_go_on(
+    tiny_build, tmp_path, outage, monkeypatch
+):
+    published = []
+    monkeypatch.setattr(build, "publish_failures", lambda *said: published.append(said))
+    paused = outage(len(build.PAUSES) + 1)
+    with pytest.raises(BuildError, match=r"not answered for 10:00.*is down.*negfacediff resume .* tiny"):
+        build_dataset(tiny_build, THREADS, str(tmp_path))
+    assert paused == list(build.PAUSES)
+    ((run, _, why, failures),) = published
+    assert run == "tiny" and "not answered" in why and not failures
 
 
 def test_the_demo_compares_two_builds_that_share_contexts(tiny_build, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,9 +120,8 @@ def runs(monkeypatch):
     """The builds that commands and flows run, without Prefect."""
     ran = []
     monkeypatch.setattr(growing, "build_in", lambda store, build, *rest: ran.append(build))
-    fake = SimpleNamespace(fn=lambda build, execution, store: ran.append(build))
     for module in (grow, evaluate, recovery):
-        monkeypatch.setattr(module, "build_dataset", fake)
+        monkeypatch.setattr(module, "make_dataset", lambda settle, execution, store: ran.append(settle()))
     for module in (grow, recovery):
         monkeypatch.setattr(module, "get_run_logger", lambda: SimpleNamespace(info=print))
     return ran
@@ -135,6 +135,20 @@ def test_commands_and_flows_run_the_same_builds(store, runs, capsys):
     evaluate.evaluate.fn("tiny", runs[0].evaluation.model_copy(update={"bootstrap": 20}), "", "", None, store)
     assert runs[0] == runs[1] and runs[0].identities == 7
     assert runs[2] == runs[3] and runs[2].evaluation.bootstrap == 20
+
+
+def test_the_command_runs_the_flow_that_waits_for_its_turn_and_looks_again(store, monkeypatch):
+    launched = []
+    monkeypatch.setattr(growing, "build_in", lambda store, build, execution, verbose, run: run(execution))
+    monkeypatch.setattr("flows.launch.launch", lambda flow, **given: launched.append((flow, given)))
+    cli.app(["grow", store, "tiny", "--images", "+1"], standalone_mode=False)
+    ((flow, given),) = launched
+    bound = signature(flow.fn).bind(**given).arguments
+    assert flow is grow.grow_dataset and (bound["run"], bound["identities"], bound["images"]) == (
+        "tiny",
+        0,
+        1,
+    )
 
 
 def test_the_only_open_run_is_resumed_and_a_complete_store_left_alone(store, tiny_build, runs):

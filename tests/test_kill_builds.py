@@ -244,6 +244,7 @@ def die_as_planned(lives: Lives, planned: list[str]) -> None:
     lives.finish()
 
 
+@pytest.mark.slow
 def test_workers_of_dask_die_at_named_steps_and_the_build_comes_to_the_same_dataset(whole_stage, tmp_path):
     """Before a shard, in its midst, between two files, with a record that has no name yet, and with one."""
     spec = make_spec(tmp_path / "store", identities=4 * SMALL_UNITS)

@@ -13,7 +13,8 @@ from distributed import Worker as DaskWorker
 from small_stage import commit, make_spec
 
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.errors import ConfigError, WorkerError
+from negfacediff_core.errors import ConfigError, StoppedError, WorkerError
+from negfacediff_core.stopping import heed
 from negfacediff_core.store.shards import prepare
 from tasks import dask_pool, machine, units, workers
 from tasks.clusters import Cluster, connected
@@ -150,6 +151,32 @@ def test_units_that_are_bound_to_workers_which_leave_go_to_those_that_are_left(t
         for future in futures:
             future.result(timeout=60)
         assert work(pool, tmp_path, gpu=False) == {"gpu"}
+
+
+def work_for_long(folder: Path) -> None:
+    """Take steps until it is told to end, and leave a file then."""
+    (folder / "begun").touch()
+    for _ in range(6000):
+        time.sleep(0.01)
+        try:
+            heed()
+        except StoppedError:
+            (folder / "ended").touch()
+            raise
+
+
+def test_a_unit_ends_at_its_next_step_when_its_pool_is_closed_and_its_worker_works_on(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    with cluster_of(one=PLAIN) as cluster, pool_on(cluster) as other:
+        theirs = other.submit(work_for_long, second, key=f"{second}")
+        with pool_on(cluster) as pool:
+            ours = pool.submit(work_for_long, first, key=f"{first}")
+            until(lambda: (first / "begun").exists() and (second / "begun").exists())
+        until(lambda: (first / "ended").exists(), 15)
+        assert not ours.done() and not theirs.done() and not (second / "ended").exists()
+        assert work(other, second, gpu=False, count=1) == {"one", ""}
 
 
 def test_a_cluster_that_has_lost_its_gpus_says_so_and_does_not_sample_without(tmp_path):

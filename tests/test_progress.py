@@ -64,7 +64,17 @@ def test_work_of_earlier_runs_is_called_so():
     assert Meter("samples", "images", total=10, before=10).describe() == "done before"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (59.6, "1:00"),
+        (3725, "1:02:05"),
+        (86_399, "23:59:59"),
+        (90_000, "1 day 1 h"),
+        (29_221_000, "338 days 5 h"),
+    ],
+)
 def test_durations_are_written_as_clocks_do(seconds, text):
     assert clock_text(seconds) == text
 

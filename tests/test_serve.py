@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from served import Api, alive, process, tree, wait_for
+from served import Api, alive, free_port, served, tree, wait_for
 
 from flows import serve
 from flows.cli import BAD_INPUT, main
@@ -24,13 +23,6 @@ from negfacediff_core.store.status import status
 
 # Ctrl-C ends everything within this, in seconds, builds in the midst of sampling as well.
 ENDS_WITHIN = 60.0
-
-
-@pytest.fixture
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_port_that_is_taken_is_named_and_what_holds_it(capsys):
@@ -61,20 +53,6 @@ def test_pages_are_opened_where_there_is_a_desktop(display, there, monkeypatch):
     assert serve.has_desktop() is there
 
 
-@contextmanager
-def served(folder: Path, port: int):
-    """Run the command with a database in `folder`; yield its process and its API."""
-    command = f"from flows.cli import main; main(['serve', '--port', '{port}', '--store', '{folder}/store'])"
-    log = folder / "serve.log"
-    environment = {"PREFECT_HOME": str(folder / "prefect"), "DISPLAY": "", "WAYLAND_DISPLAY": ""}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PREFECT_API_URL", raising=False)
-        with process(["-c", command], environment, log) as started:
-            wait_for(lambda: "Ctrl-C ends all" in log.read_text() or started.poll() is not None, "it hangs")
-            assert started.poll() is None, log.read_text()
-            yield started, Api(f"http://127.0.0.1:{port}/api")
-
-
 def end(started: subprocess.Popen, api: Api) -> float:
     """Interrupt the command as Ctrl-C does; return the seconds until it and all below it have ended."""
     below, begun = tree(started), time.monotonic()
@@ -93,8 +71,8 @@ def form(tiny_build, store: Path, steps: int = 2, **changes) -> dict:
 
 
 @pytest.mark.slow
-def test_builds_are_submitted_refused_queued_and_ended(tiny_build, tmp_path, port):
-    store = tmp_path / "store"
+def test_builds_are_submitted_refused_queued_and_ended(tiny_build, tmp_path):
+    store, port = tmp_path / "store", free_port()
     with served(tmp_path, port) as (started, api):
         for row in DEPLOYMENTS:
             made = api.call("GET", f"/deployments/name/{row.full_name}")

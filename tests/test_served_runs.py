@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import Client
+from executor_places import scheduler_and_workers
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from served import Api, alive, kill_tree, runner, server, tree, wait_for
 
@@ -57,7 +59,29 @@ def assert_complete(store: Path, before: dict[str, float]) -> None:
     assert before.items() <= committed(store).items()
 
 
-@pytest.mark.parametrize("executor", ["threads", "dask"])
+@pytest.fixture(params=["threads", "dask", "tcp"])
+def executor(request, tmp_path):
+    """An executor by its name or address; the workers of `tcp` stay when the run has gone."""
+    if request.param != "tcp":
+        yield request.param
+        return
+    kind = ["--nthreads", "2", "--no-nanny"]
+    with scheduler_and_workers(tmp_path / "cluster", kind) as address:
+        yield address
+
+
+def at_work(executor: str) -> list[str]:
+    """The units that threads of a standing cluster's workers are at, whoever waits for them."""
+
+    def units_of(dask_worker):
+        return list(map(str, dask_worker.active_threads.values()))
+
+    if "://" not in executor:
+        return []
+    with Client(executor, set_as_default=False) as client:
+        return [unit for units in client.run(units_of).values() for unit in units]
+
+
 def test_a_cancelled_run_is_gone_in_15_s_and_retry_goes_on(api, tiny_build, tmp_path, executor):
     store = tmp_path / "store"
     with runner(api, tmp_path) as serving:
@@ -66,10 +90,12 @@ def test_a_cancelled_run_is_gone_in_15_s_and_retry_goes_on(api, tiny_build, tmp_
         processes = tree(serving)
         before = committed(store)
         assert not any(path.startswith("samples") for path in before)
+        assert bool(at_work(executor)) == ("://" in executor)
 
         begun = time.monotonic()
         api.set_state(run, "CANCELLING")
         wait_for(lambda: not alive(processes), "processes survive", STOPS_WITHIN)
+        wait_for(lambda: not at_work(executor), "workers go on", begun + STOPS_WITHIN - time.monotonic())
         api.wait(run, {"Cancelled"}, STOPS_WITHIN)
         print(f"{executor}: cancelled in {time.monotonic() - begun:.1f} s")
         assert committed(store) == before

@@ -9,7 +9,8 @@ import pytest
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import build, gate, turns
+from flows import build, evaluate, gate, grow, recovery, turns
+from flows.resume import Resumption
 
 
 def refusal(status):
@@ -94,19 +95,44 @@ class Taken(Exception):
 
 @contextmanager
 def taken(store):
-    assert store == "somewhere"
+    assert store.endswith("somewhere")
     raise Taken
     yield
 
 
-def test_a_build_takes_the_turn_of_its_store(tiny_build, monkeypatch):
-    for name in ("stages_of", "record_run"):
-        monkeypatch.setattr(build, name, lambda *asked, **more: {"samples": None})
-    for name in ("prepare", "committed", "recorded_energy"):
-        monkeypatch.setattr(build, name, lambda *asked: None)
+def test_a_build_leaves_its_store_alone_until_it_has_its_turn(tiny_build, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "turn", taken)
     with pytest.raises(Taken):
-        build.build_dataset.fn(tiny_build, store="somewhere")
+        build.build_dataset.fn(tiny_build, store=str(tmp_path / "somewhere"))
+    assert not list(tmp_path.glob("somewhere/*"))
+
+
+def test_what_goes_on_with_a_run_reads_it_again_when_it_has_its_turn(tiny_build, monkeypatch):
+    identities, told = [5], []
+
+    def sized(more):
+        return tiny_build.model_copy(update={"identities": identities[0] + more})
+
+    @contextmanager
+    def waited(store):
+        identities[0] = 8
+        yield
+
+    monkeypatch.setattr(build, "turn", waited)
+    monkeypatch.setattr(build, "stages_of", lambda *asked: {})
+    monkeypatch.setattr(build, "_make", lambda made, *rest: made.identities)
+    monkeypatch.setattr(grow, "get_run_logger", lambda: SimpleNamespace(info=told.append))
+    monkeypatch.setattr(
+        grow, "grown", lambda store, run, more, *rest: (sized(more), f"{identities[0]} there")
+    )
+    assert grow.grow_dataset.fn("tiny", 2, store="somewhere") == 10
+    assert told == ["5 there", "8 there"]
+    monkeypatch.setattr(evaluate, "evaluated", lambda *asked: sized(0))
+    assert evaluate.evaluate.fn("tiny", store="somewhere") == 8
+    identities[0] = 5
+    monkeypatch.setattr(recovery, "find_open", lambda store, run: Resumption("tiny", {}, 1))
+    monkeypatch.setattr(recovery, "recorded", lambda *asked: sized(0))
+    assert recovery.resume_failed.fn("tiny", failed_images=False, store="somewhere") == 8
 
 
 def test_a_gate_takes_the_turn_of_its_store(monkeypatch):

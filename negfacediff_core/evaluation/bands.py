@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from negfacediff_core.evaluation.distributions import Comparisons, Distribution, unit_vectors
+from negfacediff_core.stopping import heed
 
 #: Bins over [-1, 1]. At a density of scores of 10 per unit of cosine, above what recognisers give, the EER is
 #: within 2 / BINS x 10 / 2 = 1e-5 of that of the single scores; `metrics.eer_bound` says how near it is.
@@ -121,6 +122,7 @@ def score_band(
     if inside:
         genuine, sums = _genuine(own)
         for start in range(0, len(left), columns):
+            heed()
             stop = min(start + columns, len(left))
             for top in range(0, stop, rows):
                 counter.add_inside(band, own.identity, slice(top, min(top + rows, stop)), slice(start, stop))
@@ -128,6 +130,7 @@ def score_band(
                 progress(stop - start)
     for piece in others:
         for start in range(0, len(piece.embeddings), columns):
+            heed()
             unit = unit_vectors(piece.embeddings[start : start + columns], start)
             right = torch.from_numpy(unit.astype(np.float32)).to(device)
             for top in range(0, len(left), rows):

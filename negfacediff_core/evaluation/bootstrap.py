@@ -35,6 +35,7 @@ from negfacediff_core.evaluation.metrics import (
     point_at_most,
 )
 from negfacediff_core.evaluation.scores import PAPER_IDENTITIES, select
+from negfacediff_core.stopping import heed
 
 Valid = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -172,6 +173,7 @@ def _weighted_counts(
     weights = weights[:, present]
     counts, sums = np.zeros((2, len(weights), count)), np.zeros((2, len(weights), 3))
     for place, start in enumerate(starts):
+        heed()
         stop, once = start + sizes[place], weights[:, place, None]
         for scores in genuine_scores(vectors[start:stop]):
             counts[0] += once * np.bincount(cells[bins_of(scores)], minlength=count)

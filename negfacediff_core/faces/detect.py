@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 from negfacediff_core.faces.packs import ColourOrder, Network, network_input, open_network
+from negfacediff_core.stopping import heed
 
 BATCH = 32
 OVERLAP = 0.4
@@ -72,6 +73,7 @@ class ScrfdDetector:
         step = 1 if self._network.output_ranks[0] == 2 else self._network.batch or BATCH
         faces: list[Faces] = []
         for start in range(0, len(images), step):
+            heed()
             frames, scale = fit(images[start : start + step], self.input_size)
             feed = {self._network.input_name: network_input(frames, MEAN, STD, self.colour_order)}
             outputs = self._network.session.run(self._network.output_names, feed)

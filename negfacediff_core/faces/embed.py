@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negfacediff_core.faces.packs import ColourOrder, Network, check_crops, network_input, open_network
+from negfacediff_core.stopping import heed
 
 BATCH = 32
 
@@ -50,6 +51,7 @@ class OnnxEmbedder:
         step = self._network.batch or BATCH
         embeddings = np.empty((len(crops), self.width), np.float32)
         for start in range(0, len(crops), step):
+            heed()
             part = crops[start : start + step]
             embeddings[start : start + step] = self._run(part)
             if flip:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from negfacediff_core.errors import ContextsError
 from negfacediff_core.negatives.memory import Blocks
+from negfacediff_core.stopping import heed
 
 # How far from 1 the length of a unit vector may be.
 _TOLERANCE = 1e-3
@@ -189,6 +190,7 @@ def similarities_to(
         )
         short_left, lost_left = _shortened(left, spare)
     for start in range(0, search.size, search.blocks.pool):
+        heed()
         block = _read(search, start)
         shape = len(contexts), len(block)
         similarities = buffer[: len(contexts) * len(block)].reshape(shape)
