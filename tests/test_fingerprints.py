@@ -234,6 +234,7 @@ EXECUTION = {
     "acceleration": "eager",
     "retries": 0,
     "approve_above_hours": 1.0,
+    "calibration": "h100",
     "adaptive": True,
 }
 

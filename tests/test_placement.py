@@ -145,6 +145,8 @@ def test_units_that_are_bound_to_workers_which_leave_go_to_those_that_are_left(t
         futures = [pool.submit(hold, tmp_path, n, key=f"{tmp_path}-{n}") for n in range(2)]
         until(lambda: len(list(tmp_path.iterdir())) == 2)
         ran_on(tmp_path)
+        # now and then Dask sees the line break before it hears that the worker leaves
+        cluster.scheduler.allowed_failures = 1
         del cluster.worker_spec["plain"]
         gate.set()
         cluster.sync(cluster._correct_state)
