@@ -48,6 +48,7 @@ FORMS = {
     "parallel.pth": lambda weights: {f"module.{key}": value for key, value in weights.items()},
     "nested.pt": lambda weights: {"state_dict": {f"backbone.{k}": v for k, v in weights.items()}, "epoch": 3},
     "checkpoint.pt": lambda weights: {"architecture": TINY, "backbone": weights, "step": 7},
+    "arcface_torch.pt": lambda weights: {"epoch": 3, "state_dict_backbone": weights},
     "half.pt": lambda weights: {k: v.half() if v.is_floating_point() else v for k, v in weights.items()},
 }
 

@@ -28,7 +28,8 @@ PIXELS: dict[str, tuple[float, float]] = {
 TRAINED = "best.pt"
 SUFFIXES = (".pt", ".pth", ".safetensors")
 #: What a training checkpoint calls the weights of its network, and what wrappers put before each name.
-_NESTED, _WRAPPERS = ("state_dict", "backbone", "model"), re.compile(r"^(module\.|backbone\.|model\.)+")
+_NESTED = ("state_dict", "state_dict_backbone", "backbone", "model")
+_WRAPPERS = re.compile(r"^(module\.|backbone\.|model\.)+")
 
 
 class TorchEmbedder:
