@@ -380,7 +380,7 @@ class SamplesConfig(Model):
     spacing: Spacing = Field(
         default=Spacing.karras,
         description="Where dpm_solver spends its steps: karras, or evenly in the log of the signal-to-noise "
-        "ratio (log_snr) or in time; docs/fewer_steps.md compares them.",
+        "ratio (log_snr) or in time.",
     )
     precision: Precision = Field(
         default=Precision.fp32,
