@@ -11,7 +11,7 @@ MEMORY = 512 * 2**20
 # The blocks at full size: wide enough for a matrix product at its full rate, small enough that several
 # workers share a machine.
 _ROWS, _POOL, _PAIRS = 1024, 8192, 2**23
-_EXAMINED, _SCORED = 2**18, 2**17
+_EXAMINED, _SCORED = 2**18, 2**15
 _FEWEST_BINS = 16
 # What Python and its libraries allocate around the arrays, whatever their size.
 _OVERHEAD = 2**16

@@ -24,6 +24,8 @@ _TOLERANCE = 1e-3
 _LOWEST = -2.0
 # Unit roundoffs: the largest relative error of a rounding.
 _FLOAT32, _BFLOAT16 = 2.0**-24, 2.0**-8
+# Rows that are shortened at once, and strips for each of those that are looked for.
+_CACHED, _STRIPS = 128, 8
 # Such processors multiply bfloat16 several times as fast as float32; elsewhere it is slower.
 FAST_BFLOAT16 = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
@@ -185,10 +187,7 @@ def similarities_to(
     buffer = np.empty(len(contexts) * search.blocks.pool, np.float32)
     if coarse:
         short = np.empty(buffer.size, np.int16)
-        spare = torch.from_numpy(
-            np.empty((max(len(contexts), search.blocks.pool), left.shape[1]), np.float32)
-        )
-        short_left, lost_left = _shortened(left, spare)
+        short_left, lost_left = _shortened(left)
     for start in range(0, search.size, search.blocks.pool):
         heed()
         block = _read(search, start)
@@ -197,7 +196,7 @@ def similarities_to(
         right, result = torch.from_numpy(block), torch.from_numpy(similarities)
         if coarse:
             product = torch.from_numpy(short[: similarities.size]).view(torch.bfloat16).view(shape)
-            short_right, lost_right = _shortened(right, spare)
+            short_right, lost_right = _shortened(right)
             torch.mm(short_left, short_right.T, out=product)
             result.copy_(product)
             # With x = x^ + r, y = y^ + s: |x y - x^ y^| <= |r| |y| + |x^| |s|; the sum is taken in float32.
@@ -212,11 +211,16 @@ def similarities_to(
         yield start, block, similarities, error
 
 
-def _shortened(rows: Tensor, spare: Tensor) -> tuple[Tensor, float]:
-    """The rows as bfloat16, and the greatest length that one of them lost, worked out in `spare`."""
-    short = rows.bfloat16()
-    lost = torch.sub(rows, short, out=spare[: len(rows)])
-    return short, float(torch.linalg.vector_norm(lost, dim=1).max())
+def _shortened(rows: Tensor) -> tuple[Tensor, float]:
+    """The rows as bfloat16, and the greatest length that one of them lost; a few at a time, which stay in the
+    processor's caches.
+    """
+    short = torch.empty(rows.shape, dtype=torch.bfloat16)
+    lost = 0.0
+    for some in chunks(len(rows), _CACHED):
+        short[some] = rows[some]
+        lost = max(lost, float(torch.linalg.vector_norm(rows[some] - short[some], dim=1).max()))
+    return short, lost
 
 
 def _row_maxima(similarities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -226,14 +230,18 @@ def _row_maxima(similarities: NDArray[np.float32]) -> NDArray[np.float32]:
 def _at_least(similarities: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     """A lower bound `(N,)` on the value at place `count` from the top of each row, -2 where there are fewer.
 
-    The least of the maxima of `count` disjoint strips: exact for one, and far quicker than sorting for many.
+    That of the maxima of disjoint strips: exact for one, and of many strips nearly so, and far quicker than
+    sorting.
     """
     rows, columns = similarities.shape
-    strip = columns // count
-    if not strip:
+    if columns < count:
         return np.full(rows, _LOWEST, np.float32)
-    strips = torch.from_numpy(similarities)[:, : strip * count].unflatten(1, (count, strip))
-    return np.maximum(strips.amax(2).amin(1).numpy(), np.float32(_LOWEST))
+    number = min(columns, _STRIPS * count) if count > 1 else 1
+    strip = columns // number
+    strips = torch.from_numpy(similarities)[:, : strip * number].unflatten(1, (number, strip))
+    bound = strips.amax(2).numpy()
+    bound.partition(number - count, axis=1)
+    return np.maximum(bound[:, number - count], np.float32(_LOWEST))
 
 
 def rounded_down(values: NDArray[Any]) -> NDArray[np.float32]:
