@@ -18,6 +18,7 @@ from negfacediff_core.negatives import (
     check_negatives,
     mine,
     plan_blocks,
+    ranks,
     search,
 )
 from negfacediff_core.stages.negatives import StoredPool, stored_negatives
@@ -167,6 +168,35 @@ def test_a_pool_in_the_worst_order_is_mined_right(rule):
         others = np.concatenate([pool, contexts[[row]]])
         wanted = reference(others, pool, 500, rule, 5)
         assert mined.index[row].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(
+    "order, misled", [("random", 0), ("three in four are equal", 40), ("sorted, and its head sampled", 1)]
+)
+def test_the_median_of_a_pool_that_is_sampled(order, misled, count, monkeypatch):
+    """Where a sample misleads, the search is made again; where it does not, a little is collected."""
+    contexts = uniform(2, np.arange(4000), 8)
+    if order.startswith("three"):
+        contexts[np.arange(4000) % 4 > 0] = contexts[0]
+    if order.startswith("sorted"):
+        contexts = contexts[np.argsort(contexts @ contexts[0], kind="stable")]
+        monkeypatch.setattr(ranks, "_SLICES", 1)
+    rooms = []
+    collect = ranks._Collected
+    monkeypatch.setattr(
+        ranks,
+        "_Collected",
+        lambda low, high, room: (rooms.append((len(low), room)), collect(low, high, room))[1],
+    )
+    identities = np.arange(3960, 4000)
+    mined = mine(contexts[identities], contexts, "mid", 0, identities=identities, count=count)
+    for row, identity in enumerate(identities):
+        wanted = reference(contexts, contexts, identity, "mid", count)
+        assert mined.index[row].tolist() == wanted.tolist()
+    assert rooms[0][0] == 40 and rooms[0][1] < 2000
+    assert sum(rows for rows, room in rooms if room == 4000) >= misled
+    assert misled or len(rooms) == 1
 
 
 def test_differences_below_float32_are_decided_exactly():

@@ -10,9 +10,8 @@ MEMORY = 512 * 2**20
 
 # The blocks at full size: wide enough for a matrix product at its full rate, small enough that several
 # workers share a machine.
-_ROWS, _POOL, _PAIRS = 1024, 8192, 2**23
+_ROWS, _POOL, _PAIRS = 1024, 8192, 2**22
 _EXAMINED, _SCORED = 2**18, 2**15
-_FEWEST_BINS = 16
 # What Python and its libraries allocate around the arrays, whatever their size.
 _OVERHEAD = 2**16
 
@@ -21,15 +20,14 @@ class Blocks(NamedTuple):
     """Sizes of what a search holds at once, and `bytes`, an upper bound on what it allocates.
 
     `rows` contexts are compared with `pool` rows of the pool. Of their similarities, `examined` rows at a
-    time are looked at closely, and `scored` pairs at a time are scored in float64. The rule mid counts
-    similarities in `bins` and keeps `pairs` candidates.
+    time are looked at closely, and `scored` pairs at a time are scored in float64. The rule mid keeps `pairs`
+    candidates.
     """
 
     rows: int
     pool: int
     examined: int
     scored: int
-    bins: int
     pairs: int
     bytes: int
 
@@ -60,7 +58,6 @@ def _blocks(rows: int, pool: int, width: int, count: int, halvings: int) -> Bloc
     block = max(1, min(pool, _POOL >> (halvings + 1) // 2))
     examined = max(1, min(chunk, (_EXAMINED >> halvings) // block))
     scored = max(1, (_SCORED >> halvings) // width)
-    bins = max(_FEWEST_BINS, block)
     pairs = max(pool, min(chunk * pool, _PAIRS >> halvings))
     parts = (
         rows * (28 * count + 96),  # results, identity numbers
@@ -68,9 +65,8 @@ def _blocks(rows: int, pool: int, width: int, count: int, halvings: int) -> Bloc
         (2 * 4 + 6) * block * width,  # a block of the pool, likewise
         6 * chunk * block,  # similarities, in both precisions
         chunk * (64 * count + 128),  # the best so far
-        examined * (112 * block + 112 * count + 24 * bins),  # candidates of a block, and their ranking
+        examined * (112 * block + 112 * count),  # candidates of a block, and their ranking
         24 * scored * width,  # float64 products
-        chunk * 6 * bins,  # counts of the rule mid, and a mask
-        16 * pairs + 24 * pool,  # its candidates, and the ranking of one row
+        48 * pairs + 24 * pool,  # candidates of the rule mid, and the ranking of one row
     )
-    return Blocks(chunk, block, examined, scored, bins, pairs, sum(parts) + _OVERHEAD)
+    return Blocks(chunk, block, examined, scored, pairs, sum(parts) + _OVERHEAD)

@@ -1,13 +1,15 @@
-"""Exact ranks of cosine in a pool that is read in blocks, in two passes.
+"""Exact ranks of cosine in a pool that is read in blocks, by one product with all of it.
 
-The first pass counts float32 similarities in bins, which brackets the wanted ones. The second collects what
-lies within the brackets, scores it in float64, and counts what lies below.
+A sample of the pool tells between which similarities the wanted ranks probably lie. A pass over the pool
+collects what lies there and counts what lies below, which shows whether they do. Of what was collected, the
+few rows within rounding of the wanted ranks are scored in float64. Where the sample misled, as it may in a
+pool of many equal vectors, the search is made again with everything collected.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from negfacediff_core.negatives.search import (
@@ -15,16 +17,17 @@ from negfacediff_core.negatives.search import (
     Search,
     chunks,
     nothing_found,
-    places,
-    rounded_down,
     rounding,
-    scores_of,
+    scores_at,
     similarities_to,
 )
 
-# The interval that the bins divide, from -1.01, holds the cosines of vectors that are of length 1 within the
-# tolerance. An identity itself is put above all of them, where it moves no rank of the others.
-_REACH, _OWN = 1.01, 1.005
+# The sample is an eighth of the pool, up to a block of it, in so many slices spread over it.
+_SHARE, _SLICES = 8, 64
+# Standard deviations of a sampled rank that are allowed for, and what an identity itself and rounding move.
+_DEVIATIONS, _MOVED = 5.0, 2
+# Beyond any cosine of unit vectors, and below the mark of an identity itself.
+_BEYOND = np.float32(2)
 
 
 def at_ranks(search: Search, first: NDArray[np.int64]) -> Found:
@@ -33,106 +36,124 @@ def at_ranks(search: Search, first: NDArray[np.int64]) -> Found:
     """
     found = nothing_found(search)
     for rows in chunks(len(search.contexts), search.blocks.rows):
-        contexts, identities = search.contexts[rows], search.identities[rows]
-        counted = _counted(search, contexts, identities)
-        low, high, sizes = _brackets(counted, first[rows], search.count, rounding(contexts.shape[1]))
-        del counted
-        for part in _packed(sizes, search.blocks.pairs):
-            collected = _Collected(low[part], high[part], sizes[part])
-            for start, block, similarities, _ in similarities_to(
-                search, contexts[part], identities[part], own=np.inf
-            ):
-                for some in chunks(len(similarities), search.blocks.examined):
-                    row, column = collected.inside(similarities, some)
-                    scores = scores_of(contexts[part][some], row, block, column, search.blocks.scored)
-                    collected.add(some, row, start + column, scores)
-            collected.select(first[rows][part], Found(found.index[rows][part], found.cosine[rows][part]))
+        low, high, room = _bracketed(search, search.contexts[rows], first[rows])
+        misled = [
+            numbers[_search(search, numbers, first, _Collected(low[part], high[part], room), found)]
+            for part in chunks(len(low), max(1, search.blocks.pairs // room))
+            for numbers in [np.arange(rows.start, rows.stop)[part]]
+        ]
+        again = np.concatenate(misled)
+        for part in chunks(len(again), search.blocks.pairs // search.size):
+            ends = np.full(len(again[part]), _BEYOND)
+            _search(search, again[part], first, _Collected(-ends, ends, search.size), found)
     return found
 
 
-def _counted(
-    search: Search, contexts: NDArray[np.float32], identities: NDArray[np.int64]
-) -> NDArray[np.int32]:
-    """How many of the pool each context finds in or below each of equal bins of similarity, `(N, bins)`."""
-    bins = search.blocks.bins
-    counts = np.zeros((len(contexts), bins), np.int32)
-    scale, offset = np.float32(bins / (2 * _REACH)), np.float32(bins / 2)
-    for _, _, similarities, _ in similarities_to(search, contexts, identities, own=_OWN):
-        for part in chunks(len(similarities), search.blocks.examined):
-            bin_ = (similarities[part] * scale + offset).astype(np.int64)
-            bin_ += bins * np.arange(len(bin_))[:, None]
-            added = np.bincount(bin_.ravel(), minlength=len(bin_) * bins)
-            counts[part] += added.reshape(-1, bins)
-    return np.cumsum(counts, axis=1, out=counts)
+def _bracketed(
+    search: Search, contexts: NDArray[np.float32], first: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], int]:
+    """Similarities (low, high) `(N,)` between which the wanted ranks probably lie, and how many rows of the
+    pool lie there at most, as probably.
 
-
-def _brackets(
-    counted: NDArray[np.int32], first: NDArray[np.int64], count: int, error: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """Similarities (low, high) `(N,)` around the ranks first to first + count - 1, and how many at most lie
-    between.
-
-    A similarity is within `error` of its cosine, in each pass by another amount perhaps. With the wanted
-    cosines between a - error and b + error, a and b edges of bins, whatever is seen below a - 2 error is
-    below all of them.
+    The rank of what stands at rank r of M has the standard deviation sqrt(q (1 - q) s) in a sample of s, with
+    q = r / M; between two ranks of the sample that are d apart lie M / s (d +- sqrt(d)) rows of the pool.
     """
-    bins = counted.shape[1]
-    width = 2 * _REACH / bins
-    ends = [np.count_nonzero(counted <= rank[:, None], axis=1) for rank in (first, first + count - 1)]
-    low, high = -_REACH + ends[0] * width - 2 * error, -_REACH + (ends[1] + 1) * width + 2 * error
-    reach = math.ceil(4 * error / width)
-    below = np.maximum(ends[0] - reach - 1, -1)
-    above = np.minimum(ends[1] + reach, bins - 1)
-    rows = np.arange(len(counted))
-    sizes = counted[rows, above].astype(np.int64) - np.where(below < 0, 0, counted[rows, below])
-    return rounded_down(low), -rounded_down(-high), sizes
+    size = min(search.size // _SHARE, search.blocks.pool)
+    shares = np.array([first.min(), first.max() + search.count]) / search.size
+    reach = _DEVIATIONS * np.sqrt(shares * (1 - shares).clip(0) * size) + _MOVED
+    below, above = math.floor(size * shares[0] - reach[0]), math.ceil(size * shares[1] + reach[1])
+    low, high = np.full((2, len(contexts)), _BEYOND)
+    low *= -1
+    if below < 0 and above >= size:
+        return low, high, search.size
+    similarities = _to_sample(search, contexts, size)
+    if below >= 0:
+        similarities.partition(below, axis=1)
+        low = similarities[:, below].copy()
+    if above < size:
+        similarities.partition(above, axis=1)
+        high = similarities[:, above].copy()
+    apart = min(above, size) - max(below, 0)
+    room = search.size / size * (apart + _DEVIATIONS * math.sqrt(apart))
+    return low, high, min(math.ceil(room), search.size)
 
 
-def _packed(sizes: NDArray[np.int64], capacity: int) -> Iterator[slice]:
-    """Runs of rows whose sizes add up to the capacity at most."""
-    ends, start = np.cumsum(sizes), 0
-    while start < len(sizes):
-        before = ends[start] - sizes[start]
-        stop = int(np.searchsorted(ends, before + capacity, side="right"))
-        yield slice(start, stop)
-        start = stop
+def _to_sample(search: Search, contexts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Similarities `(N, size)` to rows from all over the pool."""
+    edges = np.linspace(0, size, min(_SLICES, size) + 1).astype(int)
+    starts = np.linspace(0, search.size, len(edges))[:-1].astype(int)
+    slices = [search.pool[start : start + rows] for start, rows in zip(starts, np.diff(edges), strict=True)]
+    sample = torch.from_numpy(np.concatenate(slices, dtype=np.float32))
+    return torch.mm(torch.from_numpy(contexts), sample.T).numpy()
 
 
 class _Collected:
-    """What a second pass finds between `low` and `high` `(N,)`, in room for `sizes` `(N,)` candidates."""
+    """What a pass finds between `low` and `high` `(N,)`, in room for `room` rows of the pool each."""
 
-    def __init__(self, low: NDArray[np.float32], high: NDArray[np.float32], sizes: NDArray[np.int64]) -> None:
-        self.low, self.high = low[:, None], high[:, None]
-        self.start = np.cumsum(sizes) - sizes
-        self.stop = self.start.copy()
-        self.below = np.zeros(len(sizes), np.int64)
-        self.index = np.empty(sizes.sum(), np.int64)
-        self.cosine = np.empty(sizes.sum())
+    def __init__(self, low: NDArray[np.float32], high: NDArray[np.float32], room: int) -> None:
+        self.low, self.high, self.room = low, high, room
+        self.below = np.zeros(len(low), np.int64)
+        self.number = np.zeros(len(low), np.int64)
+        self.index = np.empty((len(low), room), np.int64)
+        self.similarity = np.empty((len(low), room), np.float32)
 
-    def inside(
-        self, similarities: NDArray[np.float32], rows: slice
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Count what lies below in `rows`; return the places of what lies between."""
-        below = similarities[rows] < self.low[rows]
-        self.below[rows] += np.count_nonzero(below, axis=1)
-        return places((similarities[rows] <= self.high[rows]) > below)
+    def add(self, rows: slice, start: int, similarities: NDArray[np.float32]) -> None:
+        """Count what lies below and take what lies between, of `rows` and the pool from `start`; what there
+        is no room for is counted alone.
+        """
+        for row, values in enumerate(similarities, start=rows.start):
+            below = values < self.low[row]
+            self.below[row] += np.count_nonzero(below)
+            (column,) = ((values <= self.high[row]) ^ below).nonzero()
+            place = slice(self.number[row], self.number[row] + len(column))
+            self.number[row] = place.stop
+            if place.stop <= self.room:
+                self.similarity[row, place] = values[column]
+                self.index[row, place] = column
+                self.index[row, place] += start
 
-    def add(
-        self, rows: slice, row: NDArray[np.int64], index: NDArray[np.int64], cosine: NDArray[np.float64]
-    ) -> None:
-        """Append candidates, which are sorted by their row within `rows`."""
-        stop = self.stop[rows]
-        number = np.bincount(row, minlength=len(stop))
-        place = np.arange(len(row)) + (stop - np.cumsum(number) + number)[row]
-        self.index[place], self.cosine[place] = index, cosine
-        stop += number
+    def narrow(self, row: int, rank: int, count: int, error: float) -> NDArray[np.int64] | None:
+        """The rows of the pool that may be at `rank`, ..., rank + count - 1, in ascending order; from here on
+        `below` counts what lies below them. None where there was no room, or the wanted ranks lie elsewhere.
 
-    def select(self, first: NDArray[np.int64], found: Found) -> None:
-        """Write into `found` what stands at the ranks from `first` `(N,)`."""
-        count = found.index.shape[1]
-        for row, start in enumerate(self.start):
-            place = slice(start, self.stop[row])
-            # Candidates came in the order of the pool, which a stable sort keeps among equals.
-            order = np.argsort(self.cosine[place], kind="stable")
-            taken = start + order[first[row] - self.below[row] :][:count]
-            found.index[row], found.cosine[row] = self.index[taken], self.cosine[taken]
+        A similarity is within `error` of its cosine, and the one at a rank within `error` of the cosine at
+        it: what is more than twice that away is on a known side.
+        """
+        rank -= self.below[row]
+        if self.number[row] > self.room or rank < 0 or rank + count > self.number[row]:
+            return None
+        similarity = self.similarity[row, : self.number[row]]
+        low = np.partition(similarity, rank)[rank] - np.float32(2 * error)
+        high = np.partition(similarity, rank + count - 1)[rank + count - 1] + np.float32(2 * error)
+        if low < self.low[row] or high > self.high[row]:
+            return None
+        below = similarity < low
+        self.below[row] += np.count_nonzero(below)
+        (place,) = ((similarity <= high) ^ below).nonzero()
+        return self.index[row, place]
+
+
+def _search(
+    search: Search, rows: NDArray[np.int64], first: NDArray[np.int64], collected: _Collected, found: Found
+) -> NDArray[np.int64]:
+    """Write what is found for `rows` of the contexts; return the places in `rows` of those that are not."""
+    contexts, identities = search.contexts[rows], search.identities[rows]
+    for start, _, similarities, _ in similarities_to(search, contexts, identities, own=np.inf):
+        for some in chunks(len(rows), search.blocks.examined):
+            collected.add(some, start, similarities[some])
+    error = rounding(contexts.shape[1])
+    narrowed = [
+        collected.narrow(place, int(first[row]), search.count, error) for place, row in enumerate(rows)
+    ]
+    taken = [place for place, index in enumerate(narrowed) if index is not None]
+    numbers = [len(index) for index in narrowed if index is not None]
+    if taken:
+        index = np.concatenate([index for index in narrowed if index is not None])
+        cosine = scores_at(search, contexts, np.repeat(taken, numbers), index)
+        for place, stop, number in zip(taken, np.cumsum(numbers), numbers, strict=True):
+            some = slice(stop - number, stop)
+            # What is equal stands in the order of the pool, which a stable sort keeps.
+            order = np.argsort(cosine[some], kind="stable")
+            wanted = some.start + order[first[rows[place]] - collected.below[place] :][: search.count]
+            found.index[rows[place]], found.cosine[rows[place]] = index[wanted], cosine[wanted]
+    return np.flatnonzero([index is None for index in narrowed])

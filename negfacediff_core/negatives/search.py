@@ -105,20 +105,28 @@ def extremes(search: Search, sign: float) -> Found:
 
 
 def cosines_of(search: Search, index: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Exact cosines `(N, count)` of the contexts with given rows `(N, count)` of the pool; reads only blocks
-    that hold some of them.
+    """Exact cosines `(N, count)` of the contexts with given rows `(N, count)` of the pool."""
+    row = np.repeat(np.arange(len(index)), search.count)
+    return scores_at(search, search.contexts, row, index.ravel()).reshape(index.shape)
+
+
+def scores_at(
+    search: Search, contexts: NDArray[np.float32], row: NDArray[np.int64], index: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Exact cosines `(K,)` of contexts[row] with the rows `index` of the pool, of which only blocks that hold
+    some of them are read.
     """
-    cosine = np.empty(index.shape)
-    order = np.argsort(index, axis=None, kind="stable")
-    ordered = index.ravel()[order]
+    cosine = np.empty(len(index))
+    order = np.argsort(index, kind="stable")
+    ordered = index[order]
     for start in range(0, search.size, search.blocks.pool):
         here = slice(*np.searchsorted(ordered, [start, start + search.blocks.pool]))
         if here.start == here.stop:
             continue
+        heed()
         block = _read(search, start)
-        row = order[here] // search.count
-        cosine.ravel()[order[here]] = scores_of(
-            search.contexts, row, block, ordered[here] - start, search.blocks.scored
+        cosine[order[here]] = scores_of(
+            contexts, row[order[here]], block, ordered[here] - start, search.blocks.scored
         )
     return cosine
 
