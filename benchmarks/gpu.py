@@ -42,6 +42,8 @@ DEMO = PROJECT / "packs" / "demo" / "generator"
 STEPS = 10
 #: The most that images may differ by: mean over all values, in levels of 255, from float32 on the CPU.
 MEAN_LEVELS = {"fp32": 0.05, "tf32": 0.5, "bf16": 3.0, "fp16": 0.5}
+#: Test files with tests that need a GPU, and those of what runs there.
+TESTED = ("noise", "bands", "unet", "engine", "first_stage", "precision", "faces_device")
 #: Between batch sizes, in float32: share of values that differ by over one level.
 OTHER_VALUES = 0.02
 
@@ -145,12 +147,25 @@ def memory(setup: Setup) -> dict[str, Any]:
     }
 
 
+def overlap(setup: Setup) -> dict[str, Any]:
+    """Units of the demo one after the other, and overlapped: a GPU idles less while others write."""
+    from stored_unit import overlap_units  # the store's packages are wanted here alone
+
+    images, units = (2, 2) if setup.quick else (64, 6)
+    precision = "bf16" if setup.kind == "cuda" else "fp32"
+    found = overlap_units(setup.device, precision, images, units)
+    before, after = found["one by one"], found["overlapped"]
+    # threads of a CPU compute at the same time: their seconds add up to more than the clock's
+    ok = setup.kind == "cpu" or after["idle"] < before["idle"]
+    return {"ok": ok, "units": units, "ratio": before["seconds"] / after["seconds"], **found}
+
+
 def suite(setup: Setup) -> dict[str, Any]:
-    """The tests that ask for a GPU, and those of noise, network and engine beside it."""
+    """The tests that ask for a GPU, and those beside them."""
     missing = [name for name in ("pytest", "hypothesis", "diffusers") if find_spec(name) is None]
     if missing:
         return {"ok": True, "left out": f"{', '.join(missing)} not installed: the extra [dev] has them"}
-    files = [f"tests/test_{name}.py" for name in ("noise", "bands", "unet", "engine", "first_stage")]
+    files = [f"tests/test_{name}.py" for name in TESTED]
     words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=False)
     return {"ok": done.returncode == 0, "end": (done.stdout + done.stderr)[-2000:]}
@@ -184,6 +199,7 @@ CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "batches": batches,
     "memory": memory,
     "accelerations": accelerations,
+    "overlap": overlap,
 }
 # Nobody knows how long these take: they come last, each in a process that ends with the time.
 LATE: dict[str, Callable[[Setup], dict[str, Any]]] = {"suite": suite, "compiling": compiling}

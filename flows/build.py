@@ -178,7 +178,7 @@ def run_groups(
         show_progress(title, meters, Console(stderr=True)) as reporter,
         progress_artifacts(run, meters),
     ):
-        check_workers(pool, chain.from_iterable(groups), execution.device)
+        check_workers(pool, chain.from_iterable(groups), execution)
         crew = Crew(pool, execution, reporter.started, reporter.committed, stop)
         try:
             for specs in groups:

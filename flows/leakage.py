@@ -42,7 +42,7 @@ def gate_names(run: str, gallery: str) -> GateNames:
     return GateNames(f"{run}.leakage.{gallery}", f"{run}.kept.{gallery}")
 
 
-@with_execution("batch_size", "device", "acceleration", "approve_above_hours")
+@with_execution("batch_size", "device", "faces_device", "acceleration", "approve_above_hours")
 def leakage(
     store: Store,
     run: Annotated[str, typer.Argument(help="Name of the run whose images are compared.")],

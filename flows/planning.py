@@ -163,7 +163,8 @@ def _plan(
     time = None
     if calibration is not None:
         rates = calibration.with_network(str(build.samples.precision), gflop)
-        time = estimate(work_of(build, specs, sizes, networks), rates, devices, workers)
+        work = work_of(build, specs, sizes, networks, calibration.faces_on_gpu)
+        time = estimate(work, rates, devices, workers)
     return Plan(
         name=build.name,
         store=store,

@@ -75,7 +75,7 @@ class Calibration:
     `floor` says that rates are the most that the device can reach: times are then the least possible. `rates`
     are those of work on the CPU, by name, and may be missing: GFLOP/s, and MB/s of `write`. `warm_up` is the
     seconds that loading and the first batch took, which each worker pays once; `gpu` says that its networks
-    run on a GPU, beside the CPU.
+    run on a GPU, beside the CPU, and `faces_on_gpu` that those of faces do.
     """
 
     device: str
@@ -85,6 +85,7 @@ class Calibration:
     rates: dict[str, Rate] = field(default_factory=dict)
     warm_up: float = 0.0
     gpu: bool = False
+    faces_on_gpu: bool = False
 
     def with_network(self, precision: str, gflop: float) -> dict[str, Rate]:
         """Return all rates, those of the networks for the generator that is nearest in size.

@@ -108,6 +108,8 @@ def check_available(execution: ExecutionConfig, *precisions: str) -> None:
         raise ConfigError(f"The executor {name} starts as many workers as it is told: set workers.")
     if not execution.elsewhere and execution.device.startswith("cuda"):
         _count_gpus(f"The device {execution.device}", "the device cpu")
+    if not execution.elsewhere and execution.faces_device.startswith("cuda"):
+        _check_faces(execution)
     executor.check(execution)
     if precisions and not execution.elsewhere:
         from negfacediff_core.diffusion.precision import check_precision
@@ -115,6 +117,18 @@ def check_available(execution: ExecutionConfig, *precisions: str) -> None:
 
         for precision in precisions:
             check_precision(precision, device_of(execution.device))
+
+
+def _check_faces(execution: ExecutionConfig) -> None:
+    from negfacediff_core.faces.providers import lacking_cuda, missing_provider
+
+    device = execution.faces_device
+    _count_gpus(f"The faces_device {device}", "the faces_device cpu")
+    if (what := missing_provider()) is not None:
+        raise ConfigError(f"faces_device is {device}, but {what}; or set it to auto or cpu.")
+    # a trial takes memory of the GPU, which only threads of this process are to take here
+    if execution.executor == "threads" and (what := lacking_cuda(device)) is not None:
+        raise ConfigError(f"faces_device is {device}. {what}")
 
 
 def _count_gpus(what: str, otherwise: str) -> int:

@@ -12,6 +12,8 @@ from negfacediff_core.config import ExecutionConfig
 
 # Packages whose versions can change a pixel or what travels: drivers and workers must agree on them.
 COMPARED = ("negfacediff", "torch", "numpy", "onnxruntime", "zarr", "distributed")
+# What some of them are called where they are built for GPUs.
+_FOR_GPUS = {"onnxruntime": "onnxruntime-gpu"}
 
 
 def usable_cores() -> int:
@@ -42,12 +44,16 @@ def installed_versions() -> dict[str, str]:
     """Return the versions, here, of everything that drivers and workers must agree on."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in COMPARED:
-        try:
-            # CPU and CUDA builds of one release differ in the local part alone
-            found[package] = version(package).split("+")[0]
-        except PackageNotFoundError:
-            found[package] = "missing"
+        # CPU and CUDA builds of one release differ in the local part, or the name, alone
+        found[package] = _version(package) or _version(_FOR_GPUS.get(package, package)) or "missing"
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package).split("+")[0]
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager

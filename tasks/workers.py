@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import WorkerError
 from negfacediff_core.stopping import ended_when
 from negfacediff_core.store.layout import StageSpec
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # The resource of Dask that a worker with a GPU declares, one for each unit that the GPU has in hand.
 GPU = "GPU"
+# Stages that find and embed the faces of images.
+FACES = ("aligned", "embeddings")
 # Runs whose driver has the versions that are here.
 _agreed: set[str] = set()
 
@@ -150,10 +153,8 @@ def other_versions(worker: str, differing: Iterable[str]) -> WorkerError:
     )
 
 
-def check_workers(pool: "Pool", specs: Iterable[StageSpec], device: str) -> None:
+def check_workers(pool: "Pool", specs: Iterable[StageSpec], execution: ExecutionConfig) -> None:
     """Check that the workers of a pool have what units of prepared stages need, before work starts.
-
-    `device` is where networks are to run: auto, cpu, cuda or cuda:N.
 
     Raises:
         WorkerError: if one does not see the store that this process has just written to, or lacks weights,
@@ -165,7 +166,7 @@ def check_workers(pool: "Pool", specs: Iterable[StageSpec], device: str) -> None
     probe = f"writable-{uuid.uuid4().hex}"
     spec.location.write_atomic(probe, b"")
     try:
-        answers = pool.ask(lacking_by_stage, list(by_name.values()), probe, device)
+        answers = pool.ask(lacking_by_stage, list(by_name.values()), probe, execution)
     finally:
         spec.location.remove(probe)
     roster = Roster(tuple(worker for worker, _ in answers))
@@ -175,11 +176,15 @@ def check_workers(pool: "Pool", specs: Iterable[StageSpec], device: str) -> None
                 raise WorkerError(f"The Dask worker {worker.name} {what}")
 
 
-def lacking_by_stage(specs: Sequence[StageSpec], probe: str, device: str) -> dict[str, str]:
+def lacking_by_stage(specs: Sequence[StageSpec], probe: str, execution: ExecutionConfig) -> dict[str, str]:
     """Say what each stage lacks here, by name, where it does; `probe` is a file that the driver has made."""
     lacking = {}
     for spec in specs:
-        what = lacking_here(spec) or (no_device(device) if wants_gpu(spec) else None)
+        what = lacking_here(spec)
+        if what is None and wants_gpu(spec):
+            what = no_device(execution.device)
+        if what is None and spec.name in FACES:
+            what = no_device_for_faces(execution.faces_device)
         if what is not None:
             lacking[spec.name] = what
     if not lacking and not specs[0].location.exists(probe):
@@ -205,3 +210,18 @@ def no_device(device: str) -> str | None:
         f"has no device {device}: PyTorch sees {torch.cuda.device_count()} GPUs there. Start workers with "
         "GPUs, with `dask worker ADDRESS --resources GPU=2`, or use the device cpu or auto."
     )
+
+
+def no_device_for_faces(device: str) -> str | None:
+    """Say what to do where faces cannot be found and embedded on `device` here; None where they can."""
+    if not device.startswith("cuda"):
+        return None
+    if no_device(device) is not None:
+        return (
+            f"is to find and embed faces on {device} and has no such GPU. Workers without GPU take this work "
+            "where there are any: set faces_device to auto or cpu, or build on workers with GPUs alone."
+        )
+    from negfacediff_core.faces.providers import lacking_cuda
+
+    lacking = lacking_cuda(device)
+    return None if lacking is None else f"is to find and embed faces on {device}. {lacking}"

@@ -267,6 +267,9 @@ def test_what_an_evaluation_takes_besides_its_scores_is_counted_or_said(tiny_bui
     build = changed(tiny_build, identities=100, images=30)  # enough to score in bands
     networks, specs = networks_of(build), describe_build(build, str(tmp_path))
     work = work_of(build, specs, sizes_of(specs, networks), networks)
+    assert not any(part.on_device for part in work if part.rate in ("detect", "embed"))
+    on_gpu = work_of(build, specs, sizes_of(specs, networks), networks, faces_on_gpu=True)
+    assert {part.rate for part in on_gpu if part.on_device} == {"unet", "decoder", "detect", "embed"}
     strays = [part.amount for part in work if part.stage == "evaluation"]
     assert strays == [4 * 100**2 * 30 * 16 / 1e9]
     assert "10 draws for the intervals, at most 1 min" in not_counted(build)

@@ -7,18 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from face_networks import save_linear, save_recogniser
-from stage_builds import changed, make
+from stage_builds import changed, make, planned
+from stored_files import results
 
-from negfacediff_core.config import BuildConfig
+from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import ConfigError, WeightsError
 from negfacediff_core.evaluation.coverage import effective_dimensions
 from negfacediff_core.evaluation.figures import FIGURES, GROUPS
 from negfacediff_core.evaluation.uniqueness import centres_of, strays
 from negfacediff_core.evaluation.within import thumbnails, within_identities
+from negfacediff_core.faces import packs
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.pose import head_pose
 from negfacediff_core.faces.quality import load_quality
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.stages.aligned import LANDMARKS
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, RANGES, dataset_figures
@@ -85,6 +87,31 @@ def similarity(specs):
     cosines = vectors @ contexts_of(specs["contexts"], np.arange(IDENTITIES)).T
     identity = np.nonzero(ok)[0]
     return cosines[np.arange(len(identity)), identity], cosines, identity
+
+
+def test_units_on_a_gpu_are_those_of_the_cpu_and_their_records_name_it(
+    full_build, built, tmp_path, monkeypatch
+):
+    """What is to run on a GPU is opened on the CPU here: the device changes nothing else."""
+    asked = []
+
+    def opened(weights, device, options=None, real=packs.open_session):
+        asked.append(device)
+        return real(weights, "cpu", options)
+
+    monkeypatch.setattr(packs, "open_session", opened)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GeForce at {device}")
+    store = shutil.copytree(built["samples"].store, tmp_path / "store")
+    for name in ("aligned", "embeddings"):
+        shutil.rmtree(store / name)
+    specs = planned(full_build, store)
+    asked.clear()  # plans load networks on the CPU
+    for name in ("aligned", "embeddings"):
+        for unit in specs[name].grid.units():
+            record = run_unit(specs[name], unit, ExecutionConfig(device="cpu", faces_device="cuda:1"))
+            assert record.device == "GeForce at cuda:1"
+        assert results(specs[name].directory) == results(built[name].directory) != {}
+    assert set(asked) == {"cuda:1"}
 
 
 def test_each_image_is_compared_with_the_context_of_its_identity(built):

@@ -132,13 +132,15 @@ def test_the_script_for_a_gpu_runs_and_writes_after_every_section(tmp_path, monk
 
     monkeypatch.setitem(gpu.CHECKS, "memory", broken)
     words = ["--device", "cpu", "--size", "tiny", "--quick", "--results", str(tmp_path / "gpu.json")]
-    sections = ["noise", "precisions", "batches", "memory", "accelerations", "decoding", "compiling"]
+    sections = ["noise", "precisions", "batches", "memory", "accelerations", "overlap"]
+    sections += ["decoding", "compiling"]
     assert gpu.main([*words, "--only", *sections]) == 1
     results = json.loads((tmp_path / "gpu.json").read_text())
     checks = results["checks"]
     assert [name for name, check in checks.items() if not check["ok"]] == ["memory"]
     assert checks["memory"]["error"] == "RuntimeError: no such device"
     assert checks["noise"]["share equal"] == 1 and checks["precisions"]["fp32"]["largest"] == 0
+    assert checks["overlap"]["units"] == 2 and checks["overlap"]["one by one"]["idle"] < 1
     assert results["parts"]["decoding"]["rows"]
     assert gpu.main([*words, "--minutes", "0", "--only", "noise"]) == 1
     assert "time" in json.loads((tmp_path / "gpu.json").read_text())["checks"]["noise"]["left out"]

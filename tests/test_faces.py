@@ -15,7 +15,7 @@ from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 from negfacediff_core.faces.detect import fit, load_detector, suppress_overlaps
 from negfacediff_core.faces.detector_network import DetectorNetwork
 from negfacediff_core.faces.embed import load_embedder
-from negfacediff_core.faces.packs import find_network, open_network
+from negfacediff_core.faces.packs import find_network
 from negfacediff_core.faces.train_detector import export_network
 
 RANDOM = np.random.default_rng(0)
@@ -171,8 +171,6 @@ def test_impossible_settings_and_inputs_are_refused(pack):
         load_detector(pack, input_size=100)
     with pytest.raises(ConfigError, match="threshold"):
         load_detector(pack, threshold=1.5)
-    with pytest.raises(ConfigError, match="NoSuchProvider"):
-        open_network(pack, "detection", providers=["NoSuchProvider"])
     with pytest.raises(NegFaceDiffError, match="float32"):
         load_detector(pack).detect(np.zeros((1, 64, 64, 3), np.float32))
     with pytest.raises(NegFaceDiffError, match="align"):

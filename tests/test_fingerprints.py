@@ -231,6 +231,7 @@ EXECUTION = {
     "threads_per_worker": 2,
     "batch_size": 1,
     "device": "cpu",
+    "faces_device": "cpu",
     "acceleration": "eager",
     "retries": 0,
     "approve_above_hours": 1.0,

@@ -13,6 +13,7 @@ from negfacediff_core.diffusion.first_stage import (
     VQDecoder,
     VQEncoder,
 )
+from negfacediff_core.diffusion.precision import products_in
 from negfacediff_core.errors import ConfigError
 
 TOLERANCE = 5e-5
@@ -111,6 +112,27 @@ def test_the_codebook_finds_the_nearest_code_whatever_the_block(count, codes, wi
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(first_stage.SEARCH_BLOCK, "cpu", 7 * codes)
         assert torch.equal(book.nearest(latents).flatten(), found)
+
+
+def test_codes_are_looked_for_in_float32_whatever_the_format_of_the_decoder(monkeypatch):
+    matmul, asked, seen = torch.backends.cuda.matmul, [], []
+
+    def as_on_a_gpu(precision, device):
+        asked.append(device.type)
+        return products_in(precision, torch.device("cuda"))
+
+    def noting(*args, addmm=torch.addmm, **kwargs):
+        seen.append(matmul.fp32_precision)
+        return addmm(*args, **kwargs)
+
+    monkeypatch.setattr(first_stage, "products_in", as_on_a_gpu)
+    monkeypatch.setattr(torch, "addmm", noting)
+    before = matmul.fp32_precision
+    with torch.inference_mode(), products_in("tf32", torch.device("cuda")):
+        Codebook(16, 3)(torch.zeros(1, 3, 4, 4))
+        assert matmul.fp32_precision == "tf32"
+    assert (asked, seen) == (["cpu"], ["ieee"])
+    assert matmul.fp32_precision == before
 
 
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(0, 99))

@@ -14,6 +14,7 @@ from small_stage import commit, make_spec
 
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError, StoppedError, WorkerError
+from negfacediff_core.faces import providers
 from negfacediff_core.stopping import heed
 from negfacediff_core.store.shards import prepare
 from tasks import dask_pool, machine, units, workers
@@ -261,32 +262,69 @@ def elsewhere(**changes) -> Pool:
 
 
 def test_workers_that_see_what_the_driver_sees_are_fit(spec):
-    check_workers(elsewhere(), [spec], "cpu")
+    check_workers(elsewhere(), [spec], ExecutionConfig(device="cpu"))
     assert not [file for file in Path(spec.directory).iterdir() if file.name.startswith("writable")]
 
 
 def test_a_store_that_workers_do_not_see_is_missed_before_work_starts(spec, tmp_path):
     with pytest.raises(WorkerError, match=r"there does not see the store .*/nowhere"):
-        check_workers(elsewhere(store=str(tmp_path / "nowhere")), [spec], "cpu")
+        check_workers(elsewhere(store=str(tmp_path / "nowhere")), [spec], ExecutionConfig(device="cpu"))
 
 
 def test_another_store_at_the_same_path_is_noticed(spec, tmp_path):
     other = shutil.copytree(spec.store, tmp_path / "other")
     with pytest.raises(WorkerError, match="The Dask worker there sees another store"):
-        check_workers(elsewhere(store=str(other)), [spec], "cpu")
+        check_workers(elsewhere(store=str(other)), [spec], ExecutionConfig(device="cpu"))
 
 
 def test_weights_that_a_worker_lacks_are_named(spec, tmp_path):
     weights = {"generator": replace(spec.weights["generator"], path=str(tmp_path / "missing"))}
     with pytest.raises(WorkerError, match=r"there lacks the weights of samples \(generator\).*/missing"):
-        check_workers(elsewhere(weights=weights), [spec], "cpu")
+        check_workers(elsewhere(weights=weights), [spec], ExecutionConfig(device="cpu"))
 
 
 def test_a_device_that_a_sampling_worker_lacks_is_named(spec, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(WorkerError, match="The Dask worker there has no device cuda"):
-        check_workers(elsewhere(), [spec], "cuda")
-    check_workers(elsewhere(), [spec], "auto")
+        check_workers(elsewhere(), [spec], ExecutionConfig(device="cuda"))
+    check_workers(elsewhere(), [spec], ExecutionConfig(device="auto"))
+
+
+@pytest.fixture
+def faces(tmp_path):
+    spec = make_spec(tmp_path / "store", name="aligned", weights={})
+    prepare(spec)
+    return spec
+
+
+ON_GPU = ExecutionConfig(faces_device="cuda")
+
+
+def test_a_worker_that_cannot_find_faces_on_its_gpu_is_named(spec, faces, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(providers, "lacking_cuda", lambda device: f"No onnxruntime for {device}.")
+    with pytest.raises(WorkerError, match=r"there is to find and embed faces on cuda\. No onnx"):
+        check_workers(elsewhere(), [spec, faces], ON_GPU)
+    check_workers(elsewhere(), [spec], ON_GPU)
+    check_workers(elsewhere(), [spec, faces], ExecutionConfig(faces_device="cpu"))
+
+
+def test_workers_without_gpu_take_the_faces_and_are_asked_for_it_alone(faces, monkeypatch):
+    monkeypatch.setattr(providers, "lacking_cuda", lambda device: None)
+
+    def ask(function, *rest):
+        answers = []
+        for name, gpus in (("gpu", 2), ("plain", 0)):
+            monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+            answers.append((Worker(name, name, 3, gpus), function(*rest)))
+        return answers[:workers_there]
+
+    pool = Pool(lambda: None, lambda: 1, ask)
+    workers_there = 1
+    check_workers(pool, [faces], ON_GPU)
+    workers_there = 2
+    with pytest.raises(WorkerError, match=r"worker plain is .* faces on cuda and has no such GPU\."):
+        check_workers(pool, [faces], ON_GPU)
 
 
 def test_a_worker_is_not_asked_for_what_it_will_not_run(spec, tmp_path):
@@ -299,7 +337,7 @@ def test_a_worker_is_not_asked_for_what_it_will_not_run(spec, tmp_path):
             (Worker("b", "plain", 1, 0), function([lacking], *rest)),
         ]
 
-    check_workers(Pool(lambda: None, lambda: 1, ask), [spec], "cpu")
+    check_workers(Pool(lambda: None, lambda: 1, ask), [spec], ExecutionConfig(device="cpu"))
 
 
 def test_local_workers_come_and_go_with_the_work(tmp_path):

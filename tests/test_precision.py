@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,27 @@ def test_cuda_multiplies_as_the_format_says_and_as_before_afterwards(precision, 
     assert settings_of_cuda() == before
     with products_in(precision, torch.device("cpu")):
         assert settings_of_cuda() == before
+
+
+def test_threads_wait_for_each_others_format():
+    begun, seen = threading.Event(), []
+
+    def other():
+        begun.set()
+        with products_in("fp32", torch.device("cuda", 1)):
+            seen.append(settings_of_cuda())
+
+    thread = threading.Thread(target=other)
+    with products_in("tf32", CUDA):
+        thread.start()
+        begun.wait()
+        thread.join(0.1)
+        assert (seen, settings_of_cuda()) == ([], ["tf32"] * 3)
+        with products_in("fp32", CUDA):
+            assert settings_of_cuda() == ["ieee"] * 3
+        assert settings_of_cuda() == ["tf32"] * 3
+    thread.join(10)
+    assert seen == [["ieee"] * 3]
 
 
 def test_the_error_of_a_format_is_measured_against_fp32():

@@ -9,7 +9,12 @@ from negfacediff_core.config.model import Model
 
 
 class ExecutionConfig(Model):
-    """How a build runs. Nothing here changes a pixel, beyond the tolerance of another batch size."""
+    """How a build runs. Nothing here changes a result beyond rounding: of another batch size, or device.
+
+    Rounding moves a value of an image or a crop by a level of 255, rarely more, and an embedding by less than
+    a thousandth of its length. A status may become another one where a face's score, or its cosine to a
+    context, lies that near to a threshold. Completion records say what device a unit was made on.
+    """
 
     executor: Annotated[str, BeforeValidator(lambda value: "threads" if value == "" else value)] = Field(
         default="threads",
@@ -33,6 +38,13 @@ class ExecutionConfig(Model):
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Where networks run: auto (a GPU where there is one), cpu, cuda, or one GPU as cuda:1.",
+    )
+    faces_device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where faces of a build's images are found and embedded: cpu (beside sampling), cuda or "
+        "cuda:1 (between units that are sampled there; needs onnxruntime-gpu), auto (the GPU that samples, "
+        "where onnxruntime can use it). Where a cluster has workers without GPU, they do it.",
     )
     acceleration: Acceleration = Field(
         default=Acceleration.auto,

@@ -1,10 +1,7 @@
 """From identity contexts to images: batching, precision, and what is computed once, not every step."""
 
 import hashlib
-import threading
-from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +21,7 @@ from negfacediff_core.diffusion.rows import Rows, check_rows
 from negfacediff_core.diffusion.samplers import SAMPLERS, EpsModel
 from negfacediff_core.diffusion.transfer import Landing, to_device
 from negfacediff_core.errors import ConfigError
+from negfacediff_core.gpu_turns import turn_of
 from negfacediff_core.images import to_uint8
 from negfacediff_core.noise import gaussian
 from negfacediff_core.stopping import heed
@@ -36,9 +34,6 @@ PIECEWISE = "piecewise"
 PROJECTED_AT_ONCE = 8
 # Images are decoded so many at a time: the decoder's maps are the largest, and gain nothing from more.
 DECODED_AT_ONCE = {"cpu": 8, "cuda": 32}
-
-# Threads take turns on a GPU; a thread that has its turn may ask again.
-_TURNS: dict[str, threading.RLock] = defaultdict(threading.RLock)
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,7 @@ class SamplingEngine:
         ways = choose(acceleration, self.device)
         self.network = Accelerated(self.unet, ways, PRECISIONS[precision].tolerance)
         #: Held while a GPU samples: graphs, and the number format of products, are the device's.
-        self.turn: AbstractContextManager[object] = (
-            _TURNS[str(self.device)] if self.device.type == "cuda" else nullcontext()
-        )
+        self.turn = turn_of(self.device)
 
     @property
     def warm_up(self) -> float:

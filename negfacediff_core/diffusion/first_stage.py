@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from negfacediff_core.diffusion.checks import MOST_BLOCKS, MOST_CHANNELS, MOST_ENTRIES, check_whole
+from negfacediff_core.diffusion.precision import products_in
 from negfacediff_core.errors import ConfigError
 
 NORM_GROUPS = 32
@@ -289,16 +290,19 @@ class Codebook(nn.Module):
         """Index of the nearest code of every latent pixel: `(N, embed_dim, h, w)` to `(N, h, w)` int64.
 
         argmin_k |z - e_k|^2 = argmin_k (|e_k|^2 - 2 z e_k), in blocks: the whole matrix of distances would
-        take 32 MiB an image with 8,192 codes and 32x32 latents.
+        take 32 MiB an image with 8,192 codes and 32x32 latents. Products are those of float32 whatever the
+        decoder's own: TF32 rounds them to a thousandth, which makes other codes the nearest.
         """
         codes = self.embedding.weight
         squares = codes.square().sum(dim=1)
         pixels = latents.permute(0, 2, 3, 1).reshape(-1, codes.shape[1])
         rows = max(1, SEARCH_BLOCK[latents.device.type] // codes.shape[0])
-        # `min` looks for the place in half the time of `argmin`
-        found = [
-            torch.addmm(squares, some, codes.T, alpha=-2.0).min(dim=1).indices for some in pixels.split(rows)
-        ]
+        with products_in("fp32", latents.device):
+            # `min` looks for the place in half the time of `argmin`
+            found = [
+                torch.addmm(squares, some, codes.T, alpha=-2.0).min(dim=1).indices
+                for some in pixels.split(rows)
+            ]
         return torch.cat(found).view(latents.shape[0], *latents.shape[2:])
 
     def forward(self, latents: Tensor) -> Tensor:

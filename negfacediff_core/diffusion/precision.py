@@ -6,6 +6,7 @@ and the weights of float32 where exact products of it are too slow, and `fp16` i
 capability 8.0. `precision_error` measures how far a format strays.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
+# PyTorch has one setting for all threads and GPUs of a process.
+_PRODUCTS = threading.RLock()
+
+
 def check_precision(precision: str, device: torch.device | str) -> None:
     """Raise `ConfigError` for an unknown format, or one that the device has no hardware for."""
     if precision not in PRECISIONS:
@@ -63,19 +68,20 @@ def check_precision(precision: str, device: torch.device | str) -> None:
 def products_in(precision: str, device: torch.device) -> Iterator[None]:
     """Let CUDA multiply float32 as the format says within the block; nothing changes on other devices.
 
-    PyTorch convolves in TF32 unless told otherwise, and the setting is one for the whole process: hold a lock
-    of the device meanwhile.
+    PyTorch convolves in TF32 unless told otherwise, and the setting is one for the whole process: threads
+    wait for each other's blocks, whatever their GPU. A thread may take another format for a part of its own.
     """
     if device.type != "cuda":
         yield
         return
     cudnn: Any = torch.backends.cudnn
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = PRECISIONS[precision].products
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+    with _PRODUCTS:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = PRECISIONS[precision].products
+            yield
+        finally:
+            for backend, value in zip(backends, before, strict=True):
+                backend.fp32_precision = value

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 from negfacediff_core.faces.packs import ColourOrder, Network, network_input, open_network
-from negfacediff_core.stopping import heed
 
 BATCH = 32
 OVERLAP = 0.4
@@ -69,16 +68,19 @@ class ScrfdDetector:
                 f"Images have shape {images.shape} and type {images.dtype}; the detector takes uint8 RGB of "
                 "shape (N, height, width, 3)."
             )
+
+        def prepare(some: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return network_input(fit(some, self.input_size)[0], MEAN, STD, self.colour_order)
+
         # Maps without a batch dimension belong to one image.
-        step = 1 if self._network.output_ranks[0] == 2 else self._network.batch or BATCH
+        single = self._network.output_ranks[0] == 2
+        step = 1 if single else self._network.batch or BATCH
+        height, width = images.shape[1:3]
+        scale = fitted_size(height, width, self.input_size)[0] / height
         faces: list[Faces] = []
-        for start in range(0, len(images), step):
-            heed()
-            frames, scale = fit(images[start : start + step], self.input_size)
-            feed = {self._network.input_name: network_input(frames, MEAN, STD, self.colour_order)}
-            outputs = self._network.session.run(self._network.output_names, feed)
-            outputs = [maps.reshape(len(frames), -1, maps.shape[-1]) for maps in outputs]
-            faces += decode(outputs, self.input_size, self.strides, self.anchors, self.threshold, scale)
+        for outputs in self._network.evaluate(images, step, prepare):
+            maps = [one[None] if single else one for one in outputs]
+            faces += decode(maps, self.input_size, self.strides, self.anchors, self.threshold, scale)
         return faces
 
 
@@ -87,14 +89,27 @@ def load_detector(
     input_size: int = 128,
     threshold: float = 0.5,
     threads: int = 1,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    device: str = "cpu",
 ) -> ScrfdDetector:
-    """Load the detector of a model-pack folder, or one ONNX file. Raises WeightsError if there is none.
+    """Load the detector of a model-pack folder, or one ONNX file, onto cpu, cuda or cuda:N.
 
     `input_size` is the side in pixels of the square that images are fitted into: a multiple of the largest
-    stride. Faces much smaller than a tenth of it are missed.
+    stride. Faces much smaller than a tenth of it are missed. Raises WeightsError if there is no detector,
+    ConfigError for a GPU that onnxruntime cannot use.
     """
-    return ScrfdDetector(open_network(source, "detection", threads, providers), input_size, threshold)
+    return ScrfdDetector(open_network(source, "detection", threads, device), input_size, threshold)
+
+
+def main_face(faces: Faces, height: int, width: int) -> int:
+    """Return which face an image is of: large and central, area minus twice its squared offset.
+
+    The offset is of its centre from the image's; a face in a corner must be far larger to win.
+    """
+    boxes = faces.boxes.astype(np.float64)
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    offsets = centres - np.array([width, height]) / 2
+    return int(np.argmax(areas - 2 * (offsets**2).sum(axis=1)))
 
 
 def fit(images: NDArray[np.uint8], size: tuple[int, int]) -> tuple[NDArray[np.uint8], float]:
@@ -106,15 +121,19 @@ def fit(images: NDArray[np.uint8], size: tuple[int, int]) -> tuple[NDArray[np.ui
     height, width = images.shape[1:3]
     if (height, width) == size:
         return images, 1.0
-    if height / width > size[0] / size[1]:
-        new_height, new_width = size[0], max(1, int(size[0] * width / height))
-    else:
-        new_height, new_width = max(1, int(size[1] * height / width)), size[1]
+    new_height, new_width = fitted_size(height, width, size)
     planes = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
     resized = torch.nn.functional.interpolate(planes, (new_height, new_width), mode="bilinear")
     frames = np.zeros((len(images), *size, 3), np.uint8)
     frames[:, :new_height, :new_width] = resized.round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     return frames, new_height / height
+
+
+def fitted_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of an image in a frame of `size` (height, width), its aspect kept."""
+    if height / width > size[0] / size[1]:
+        return size[0], max(1, int(size[0] * width / height))
+    return max(1, int(size[1] * height / width)), size[1]
 
 
 def anchor_centres(size: tuple[int, int], stride: int, anchors: int) -> NDArray[np.float32]:

@@ -1,6 +1,5 @@
 """Embeddings of aligned crops by the recogniser of a model pack."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -8,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negfacediff_core.faces.packs import ColourOrder, Network, check_crops, network_input, open_network
-from negfacediff_core.stopping import heed
 
 BATCH = 32
 
@@ -48,29 +46,31 @@ class OnnxEmbedder:
         NegFaceDiffError for crops of another shape or type.
         """
         check_crops(crops, self.input_size, self.weights.name)
-        step = self._network.batch or BATCH
-        embeddings = np.empty((len(crops), self.width), np.float32)
-        for start in range(0, len(crops), step):
-            heed()
-            part = crops[start : start + step]
-            embeddings[start : start + step] = self._run(part)
-            if flip:
-                embeddings[start : start + step] += self._run(part[:, :, ::-1])
+        if not len(crops):
+            return np.empty((0, self.width), np.float32)
+        embeddings = self._run(crops)
+        if flip:
+            embeddings += self._run(crops[:, :, ::-1])
         return embeddings
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        feed = {self._network.input_name: network_input(crops, self.mean, self.std, self.colour_order)}
-        return self._network.session.run(self._network.output_names, feed)[0]
+        def prepare(some: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return network_input(some, self.mean, self.std, self.colour_order)
+
+        outputs = self._network.evaluate(crops, self._network.batch or BATCH, prepare)
+        return np.concatenate([embeddings for embeddings, *_ in outputs])
 
 
 def load_embedder(
     source: str | Path,
     threads: int = 1,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    device: str = "cpu",
     colour_order: ColourOrder = "RGB",
 ) -> OnnxEmbedder:
-    """Load the recogniser of a model-pack folder, or one ONNX file. Raises WeightsError if there is none.
+    """Load the recogniser of a model-pack folder, or one ONNX file, onto cpu, cuda or cuda:N.
+
+    Raises WeightsError if there is none, ConfigError for a GPU that onnxruntime cannot use.
 
     Every insightface pack wants RGB; `colour_order` is for networks trained on BGR, such as AdaFace's.
     """
-    return OnnxEmbedder(open_network(source, "recognition", threads, providers), colour_order)
+    return OnnxEmbedder(open_network(source, "recognition", threads, device), colour_order)

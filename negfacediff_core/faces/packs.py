@@ -1,17 +1,21 @@
 """Networks of an insightface model pack: a folder of ONNX files, told apart by their inputs and outputs."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
+from negfacediff_core.faces.providers import open_session
+from negfacediff_core.gpu_turns import turn_of
+from negfacediff_core.stopping import heed
 
 Task = Literal["detection", "recognition"]
 ColourOrder = Literal["RGB", "BGR"]
@@ -20,6 +24,9 @@ WANTED: dict[Task, str] = {
     "detection": "an SCRFD face detector (6, 9, 10 or 15 outputs)",
     "recognition": "a face recogniser (one output; a square input of at least 112, a multiple of 16)",
 }
+
+# Input of a network that is prepared for one turn of a GPU: 1,300 images of 128 x 128.
+TURN_BYTES = 256 << 20
 
 
 class Network(NamedTuple):
@@ -34,31 +41,63 @@ class Network(NamedTuple):
     batch: int | None
     size: tuple[int, int] | None  # height, width
     normalises_inside: bool
+    device: str
+
+    def evaluate(
+        self,
+        images: NDArray[np.uint8],
+        batch: int,
+        prepare: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    ) -> Iterator[list[NDArray[np.float32]]]:
+        """Evaluate the network on `(N, H, W, 3)` images; yields its outputs for each `batch` of them.
+
+        `prepare` turns a batch into the network's input. On a GPU many batches are prepared for one turn of
+        it: sampling holds its own for minutes. Raises StoppedError when nobody wants the outputs any more.
+        """
+        inputs: list[NDArray[np.float32]] = []
+        most = 0 if self.device == "cpu" else TURN_BYTES
+        for start in range(0, len(images), batch):
+            inputs.append(prepare(images[start : start + batch]))
+            if sum(one.nbytes for one in inputs) > most:
+                yield from self._in_one_turn(inputs)
+                inputs = []
+        if inputs:
+            yield from self._in_one_turn(inputs)
+
+    def _in_one_turn(self, inputs: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
+        outputs = []
+        with turn_of(self.device):
+            for one in inputs:
+                heed()
+                outputs.append(self._evaluate_one(one))
+        return outputs
+
+    def _evaluate_one(self, one: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        feed = {self.input_name: one}
+        try:
+            return self.session.run(self.output_names, feed)
+        except Exception:  # onnxruntime raises a dozen unrelated types
+            if self.device == "cpu":
+                raise
+            torch.cuda.empty_cache()  # as where sessions are opened: it may be memory that was lacking
+            return self.session.run(self.output_names, feed)
 
 
-def open_network(
-    source: str | Path, task: Task, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)
-) -> Network:
+def open_network(source: str | Path, task: Task, threads: int = 1, device: str = "cpu") -> Network:
     """Open the network for `task` from an ONNX file or a model-pack folder.
 
     In a folder with several networks for the task, the first in order of file name is taken, as insightface
     does. Raises WeightsError, saying what was found and what is expected; further errors as `open_file`.
     """
-    return open_file(find_network(Path(source), task), threads, providers)
+    return open_file(find_network(Path(source), task), threads, device)
 
 
-def open_file(path: Path, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Network:
-    """Open one ONNX file, whatever it is for.
+def open_file(path: Path, threads: int = 1, device: str = "cpu") -> Network:
+    """Open one ONNX file, whatever it is for, on `device`: cpu, cuda or cuda:N.
 
-    The session runs exactly the bytes that were hashed, with `threads` threads inside an operator. Raises
-    WeightsError for a file that is no network, and ConfigError for unknown providers.
+    The session runs exactly the bytes that were hashed, on a CPU with `threads` threads inside an operator.
+    Raises WeightsError for a file that is no network, and ConfigError for a GPU that onnxruntime cannot use.
     """
-    unknown = sorted(set(providers) - set(onnxruntime.get_available_providers()))
-    if unknown:
-        raise ConfigError(
-            f"onnxruntime has no provider {unknown} here; it has {onnxruntime.get_available_providers()}. "
-            "Name one of those, or install an onnxruntime build that brings it."
-        )
     weights = path.read_bytes()
     graph = _parse(path, weights).graph
     inputs = _inputs(graph)
@@ -73,7 +112,9 @@ def open_file(path: Path, threads: int = 1, providers: Sequence[str] = ("CPUExec
     options.use_deterministic_compute = True
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(weights, options, providers=list(providers))
+        session = open_session(weights, device, options)
+    except ConfigError:
+        raise
     except Exception as error:  # onnxruntime raises a dozen unrelated types for a bad graph
         raise WeightsError(f"{path} is an ONNX file that onnxruntime cannot run: {error}") from error
     batch, _, height, width = _dimensions(inputs[0])
@@ -87,6 +128,7 @@ def open_file(path: Path, threads: int = 1, providers: Sequence[str] = ("CPUExec
         batch=batch,
         size=(height, width) if height and width else None,
         normalises_inside=_normalises_inside(graph),
+        device=device,
     )
 
 

@@ -4,14 +4,13 @@ Any ONNX network of faces with one output serves: one number a face is a quality
 numbers are the scores of K classes, and insightface's `genderage` has its own form.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import WeightsError
+from negfacediff_core.errors import StoppedError, WeightsError
 from negfacediff_core.faces.align import TEMPLATE_112, similarity_transform, warp_batch
 from negfacediff_core.faces.packs import ColourOrder, check_crops, network_input, open_file
 
@@ -35,8 +34,8 @@ class FaceScorer:
     them. Mean and deviation of the input are 127.5, or 0 and 1 if the graph normalises.
     """
 
-    def __init__(self, network_path: Path, threads: int, providers: Sequence[str]) -> None:
-        network = open_file(network_path, threads, providers)
+    def __init__(self, network_path: Path, threads: int, device: str) -> None:
+        network = open_file(network_path, threads, device)
         size = network.size or (SIZE, SIZE)
         if len(network.output_names) != 1 or size not in ((SIZE, SIZE), (GENDERAGE_SIZE, GENDERAGE_SIZE)):
             raise WeightsError(
@@ -55,17 +54,20 @@ class FaceScorer:
         Raises NegFaceDiffError for crops of another shape or type.
         """
         check_crops(crops, self.input_size, self.weights.name)
-        step = self._network.batch or BATCH
-        parts = [self._run(crops[start : start + step]) for start in range(0, len(crops), step)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
+        return self._run(crops) if len(crops) else np.zeros((0, self.width), np.float32)
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        feed = {self._network.input_name: network_input(crops, self.mean, self.std, self.colour_order)}
+        def prepare(some: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return network_input(some, self.mean, self.std, self.colour_order)
+
         try:
-            (scores,) = self._network.session.run(self._network.output_names, feed)
+            outputs = list(self._network.evaluate(crops, self._network.batch or BATCH, prepare))
+        except StoppedError:
+            raise
         except Exception as error:  # onnxruntime raises a dozen unrelated types
             raise WeightsError(f"{self.weights} does not run on {SIZE}x{SIZE} RGB images: {error}") from error
-        return np.asarray(scores, np.float32).reshape(len(crops), -1)
+        scores = np.concatenate([np.asarray(scores, np.float32).ravel() for (scores,) in outputs])
+        return scores.reshape(len(crops), -1)
 
 
 class Attributes(NamedTuple):
@@ -75,14 +77,13 @@ class Attributes(NamedTuple):
     age: NDArray[np.float32] | None
 
 
-def load_quality(
-    source: str | Path, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)
-) -> FaceScorer:
+def load_quality(source: str | Path, threads: int = 1, device: str = "cpu") -> FaceScorer:
     """Load a quality network: one number for each aligned 112x112 crop, higher is better.
 
-    Raises WeightsError for a file that is missing, no network, or of another form.
+    `device` is cpu, cuda or cuda:N. Raises WeightsError for a file that is missing, no network, or of another
+    form, and ConfigError for a GPU that onnxruntime cannot use.
     """
-    scorer = FaceScorer(_file(source), threads, providers)
+    scorer = FaceScorer(_file(source), threads, device)
     if (scorer.width, scorer.input_size) != (1, SIZE):
         raise WeightsError(
             f"{scorer.weights} gives {scorer.width} numbers for a crop of {scorer.input_size} pixels; a "
@@ -91,14 +92,13 @@ def load_quality(
     return scorer
 
 
-def load_attributes(
-    source: str | Path, threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)
-) -> FaceScorer:
+def load_attributes(source: str | Path, threads: int = 1, device: str = "cpu") -> FaceScorer:
     """Load an attribute network: class scores of aligned 112x112 crops, or insightface's `genderage`.
 
-    Raises WeightsError for a file that is missing, no network, or of another form.
+    `device` is cpu, cuda or cuda:N. Raises WeightsError for a file that is missing, no network, or of another
+    form, and ConfigError for a GPU that onnxruntime cannot use.
     """
-    scorer = FaceScorer(_file(source), threads, providers)
+    scorer = FaceScorer(_file(source), threads, device)
     if scorer.width < 2 or (scorer.input_size == GENDERAGE_SIZE and scorer.width != 3):
         raise WeightsError(
             f"{scorer.weights} gives {scorer.width} numbers for a crop of {scorer.input_size} pixels; an "

@@ -9,8 +9,14 @@ from numpy.typing import NDArray
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.align import TEMPLATE_96_LEGACY, TEMPLATE_112, similarity_transform, warp
-from negfacediff_core.faces.detect import Faces
-from negfacediff_core.stages.models import detector_of, named, network_weight
+from negfacediff_core.faces.detect import Faces, main_face
+from negfacediff_core.stages.models import (
+    describe_device,
+    detector_of,
+    faces_device_of,
+    named,
+    network_weight,
+)
 from negfacediff_core.store.layout import ArraySpec, StageSpec, Unit
 from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import commit, read_arrays, read_rows
@@ -58,13 +64,14 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Find and align the faces of a unit; an image without one keeps its row and a black crop."""
     started, begun = time.time(), time.perf_counter()
-    samples = spec.input("samples")
+    samples, device = spec.input("samples"), faces_device_of(execution)
     images, sampled = read_arrays(samples, unit)["image"], read_rows(samples, unit)
     detector = detector_of(
         spec.weights["detector"],
         spec.config["detector_size"],
         spec.config["threshold"],
         execution.threads_per_worker,
+        device,
     )
     seconds = {"read": time.perf_counter() - begun}
 
@@ -91,20 +98,8 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         rows=rows_of(spec, columns),
         started=started,
         seconds=seconds,
-        device="cpu",
+        device=describe_device(device),
     )
-
-
-def main_face(faces: Faces, height: int, width: int) -> int:
-    """Return which face an image is of: large and central, area minus twice its squared offset.
-
-    The offset is of its centre from the image's; a face in a corner must be far larger to win.
-    """
-    boxes = faces.boxes.astype(np.float64)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    offsets = centres - np.array([width, height]) / 2
-    return int(np.argmax(areas - 2 * (offsets**2).sum(axis=1)))
 
 
 def _align_one(

@@ -34,7 +34,7 @@ from negfacediff_core.negatives import mine
 from negfacediff_core.operations import GIGA, decoder_gflop, onnx_gflop, unet_gflop
 from negfacediff_core.stages.aligned import SIZE
 from negfacediff_core.stages.costs import LATENT, MEGA, Networks, passes_an_image
-from negfacediff_core.stages.models import describe_device, device_of, resolve_weights
+from negfacediff_core.stages.models import describe_device, device_of, faces_device_of, resolve_weights
 from negfacediff_core.stages.sizes import IMAGE_SIZE, WIDTH, unit_bytes
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.shards import commit, prepare
@@ -91,6 +91,7 @@ def _calibrate(
 ) -> Calibration:
     """Do what `calibrate` does; what it has loaded is let go at its end."""
     threads, precision = execution.threads_per_worker, str(build.samples.precision)
+    faces = faces_device_of(execution)
     spec = next(spec for spec in specs if spec.name == "samples")
     passes = passes_an_image(build, networks)
     most = max(passes, key=lambda contexts: contexts * passes[contexts])
@@ -100,14 +101,15 @@ def _calibrate(
     unit = spec.grid.block_identities * spec.grid.block_replicates
     network, warm_up, how = _time_sampling(networks, sampler, unit, precision, budget)
     rates = {
-        "detect": _time_detector(build, networks, sampler.sample(SHORT, 1)[1], threads, clock),
-        "embed": _time_judge(networks, threads, clock),
+        "detect": _time_detector(build, networks, sampler.sample(SHORT, 1)[1], threads, faces, clock),
+        "embed": _time_judge(networks, threads, faces, clock),
         "write": _time_writing(spec, clock),
         "mine": _time_mining(clock),
         "score": _time_scoring(device, clock),
     }
     where = f"CPU, {threads} thread{'s' * (threads > 1)}" if device == "cpu" else describe_device(device)
-    return Calibration(where, how, False, (network,), rates, loaded + warm_up, gpu=device != "cpu")
+    on_gpu = device != "cpu", faces != "cpu"
+    return Calibration(where, how, False, (network,), rates, loaded + warm_up, *on_gpu)
 
 
 def _generator(networks: Networks, device: str) -> Generator:
@@ -222,12 +224,12 @@ def _repeated(amount: float, work: Callable[[], object], clock: Clock) -> Rate:
 
 
 def _time_detector(
-    build: BuildConfig, networks: Networks, images: NDArray[np.uint8], threads: int, clock: Clock
+    build: BuildConfig, networks: Networks, images: NDArray[np.uint8], threads: int, device: str, clock: Clock
 ) -> Rate:
     """Find faces, and warp each image as if one had been found."""
     path = networks.detector or find_network(resolve_weights(DEMO_DETECTOR), "detection")
     side = build.aligned.detector_size
-    detector = load_detector(path, input_size=side, threads=threads)
+    detector = load_detector(path, input_size=side, threads=threads, device=device)
     gflop = networks.detector_gflop if networks.detector else onnx_gflop(path, side)
     assert gflop is not None  # the demo pack's networks can be counted
     faces = np.resize(images, (FACES, *images.shape[1:]))
@@ -241,9 +243,9 @@ def _time_detector(
     return _repeated(FACES * gflop, work, clock)
 
 
-def _time_judge(networks: Networks, threads: int, clock: Clock) -> Rate:
+def _time_judge(networks: Networks, threads: int, device: str, clock: Clock) -> Rate:
     path = networks.judge or find_network(resolve_weights(DEMO_JUDGE), "recognition")
-    judge = load_embedder(path, threads=threads)
+    judge = load_embedder(path, threads, device)
     gflop = networks.judge_gflop if networks.judge else onnx_gflop(path, SIZE)
     assert gflop is not None
     crops = np.random.default_rng(0).integers(0, 256, (FACES, SIZE, SIZE, 3), np.uint8)

@@ -22,9 +22,8 @@ from negfacediff_core.diffusion.engine import SamplerSettings, SamplingEngine
 from negfacediff_core.diffusion.samplers import SAMPLERS
 from negfacediff_core.errors import ConfigError, ContextsError, NegFaceDiffError, WeightsError
 from negfacediff_core.faces.align import align
-from negfacediff_core.faces.detect import Detector
+from negfacediff_core.faces.detect import Detector, main_face
 from negfacediff_core.faces.embed import Embedder
-from negfacediff_core.stages.aligned import main_face
 from negfacediff_core.stages.models import (
     Hashes,
     check_unchanged,

@@ -137,9 +137,16 @@ def specs_without_weights(build: BuildConfig, store: str) -> list[StageSpec]:
 
 
 def work_of(
-    build: BuildConfig, specs: Sequence[StageSpec], sizes: Mapping[str, StageSize], networks: Networks
+    build: BuildConfig,
+    specs: Sequence[StageSpec],
+    sizes: Mapping[str, StageSize],
+    networks: Networks,
+    faces_on_gpu: bool = False,
 ) -> list[Work]:
-    """What is left to do in each stage, in the units of the rates of a `Calibration`."""
+    """What is left to do in each stage, in the units of the rates of a `Calibration`.
+
+    `faces_on_gpu` says that the GPU that samples finds and embeds the faces, too.
+    """
     by_name = {spec.name: spec for spec in specs}
     left = {name: size.units - size.done for name, size in sizes.items()}
     rows = {name: left[name] * size.rows // size.units for name, size in sizes.items() if size.units}
@@ -160,8 +167,8 @@ def work_of(
         Work("negatives", "mine", 2 * width * rows["negatives"] * compared / GIGA, left["negatives"]),
         Work("samples", "unet", rows["samples"] * gflop, left["samples"], on_device=True),
         Work("samples", "decoder", rows["samples"] * decoded, left["samples"], on_device=True),
-        Work("aligned", "detect", rows["aligned"] * networks.detector_gflop, left["aligned"]),
-        Work("embeddings", "embed", rows["embeddings"] * judge_gflop, left["embeddings"]),
+        Work("aligned", "detect", rows["aligned"] * networks.detector_gflop, left["aligned"], faces_on_gpu),
+        Work("embeddings", "embed", rows["embeddings"] * judge_gflop, left["embeddings"], faces_on_gpu),
         *(
             Work(name, "write", left[name] * sum(unit_bytes(by_name[name]).values()) / MEGA, left[name])
             for name in ("samples", "aligned", "embeddings")

@@ -21,7 +21,9 @@ from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.models import (
     SCORERS,
     conditioner_hash,
+    describe_device,
     embedder_of,
+    faces_device_of,
     file_weight,
     named,
     network_weight,
@@ -98,7 +100,7 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Embed the crops of a unit, not normalised; without a face vectors are zero and numbers are missing."""
     started, begun = time.time(), time.perf_counter()
-    aligned, threads = spec.input("aligned"), execution.threads_per_worker
+    aligned, where = spec.input("aligned"), (execution.threads_per_worker, faces_device_of(execution))
     crops, rows = read_arrays(aligned, unit)["image"], read_rows(aligned, unit)
     blocks = crops.shape[:2]
     crops = crops.reshape(-1, *crops.shape[2:])
@@ -106,7 +108,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     seconds = {"read": time.perf_counter() - begun}
 
     begun = time.perf_counter()
-    embeddings = _embed(embedder_of(spec.weights["judge"], threads), crops, usable, spec.config["flip"])
+    embeddings = _embed(embedder_of(spec.weights["judge"], *where), crops, usable, spec.config["flip"])
     norms = np.linalg.norm(embeddings, axis=1)
     finite = np.isfinite(norms)
     embeddings[~finite] = 0
@@ -120,7 +122,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     status = np.where(usable, np.where(finite & (norms > 0), "ok", "failed"), "skipped").astype(object)
     if "recogniser" in spec.weights:
         # as contexts are made: the mirrored crop is the judge's option
-        arrays["context_embedding"] = _embed(embedder_of(spec.weights["recogniser"], threads), crops, usable)
+        arrays["context_embedding"] = _embed(embedder_of(spec.weights["recogniser"], *where), crops, usable)
         cosine = _context_cosine(spec, unit, arrays["context_embedding"])
         columns["context_cosine"] = cosine
         if "band_low" in spec.config:
@@ -128,10 +130,10 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
             status[(status == "ok") & ~inside] = "out_of_band"
     if "quality" in spec.weights:
         quality = np.full(len(usable), np.nan, np.float32)
-        quality[usable] = scorer_of(spec.weights["quality"], "quality", threads).score(crops[usable])[:, 0]
+        quality[usable] = scorer_of(spec.weights["quality"], "quality", *where).score(crops[usable])[:, 0]
         columns["quality"] = quality
     if "attributes" in spec.weights:
-        columns |= _attributes(spec, unit, crops, usable, rows, threads)
+        columns |= _attributes(spec, unit, crops, usable, rows, where)
     seconds["embed"] = time.perf_counter() - begun
     return commit(
         spec,
@@ -140,7 +142,7 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         rows=rows_of(spec, {**columns, "status": status}),
         started=started,
         seconds=seconds,
-        device="cpu",
+        device=describe_device(where[1]),
     )
 
 
@@ -215,10 +217,13 @@ def _attributes(
     crops: NDArray[np.uint8],
     usable: NDArray[np.bool_],
     rows: Any,
-    threads: int,
+    where: tuple[int, str],
 ) -> dict[str, Any]:
-    """The columns `attribute`, null without a crop, and `age`, NaN where the network tells none."""
-    scorer = scorer_of(spec.weights["attributes"], "attributes", threads)
+    """The columns `attribute`, null without a crop, and `age`, NaN where the network tells none.
+
+    `where` is the number of threads and the device that the network runs on.
+    """
+    scorer = scorer_of(spec.weights["attributes"], "attributes", *where)
     seen = crops[usable]
     if is_genderage(scorer):
         images = read_arrays(spec.input("samples"), unit)["image"]

@@ -19,8 +19,8 @@ from negfacediff_core.contexts.files import ContextsFile
 from negfacediff_core.contexts.images import read_image
 from negfacediff_core.errors import ContextsError, NegFaceDiffError
 from negfacediff_core.faces.align import similarity_transform, warp
-from negfacediff_core.faces.detect import Detector
-from negfacediff_core.stages.aligned import SIZE, TEMPLATES, main_face
+from negfacediff_core.faces.detect import Detector, main_face
+from negfacediff_core.stages.aligned import SIZE, TEMPLATES
 from negfacediff_core.stages.context_sources import embeddings_weight
 from negfacediff_core.stages.models import (
     Hashes,

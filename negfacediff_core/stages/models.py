@@ -1,6 +1,7 @@
 """Weights of the stages: finding and hashing their files, and loading each network once a process."""
 
 import hashlib
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,14 +11,18 @@ from pathlib import Path
 import torch
 
 import negfacediff_core
+from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.checkpoint import Generator, load_generator, weight_files
 from negfacediff_core.diffusion.release_config import read_config
 from negfacediff_core.errors import ContextsError, WeightsError
 from negfacediff_core.faces.detect import Detector, load_detector
 from negfacediff_core.faces.embed import Embedder, load_embedder
 from negfacediff_core.faces.packs import Task, find_network
+from negfacediff_core.faces.providers import lacking_cuda
 from negfacediff_core.faces.quality import FaceScorer, load_attributes, load_quality
 from negfacediff_core.store.layout import Weight
+
+logger = logging.getLogger(__name__)
 
 PROJECT = Path(negfacediff_core.__file__).resolve().parents[1]
 
@@ -136,47 +141,51 @@ def _generator(path: str, hashes: Hashes, device: str) -> Generator:
     return load_generator(path, device)
 
 
-def detector_of(weight: Weight, input_size: int, threshold: float, threads: int) -> Detector:
-    """Return the detector of a file; WeightsError if it is not what was hashed."""
+def detector_of(
+    weight: Weight, input_size: int, threshold: float, threads: int, device: str = "cpu"
+) -> Detector:
+    """Return the detector of a file on a device; WeightsError if it is not what was hashed."""
     with _loading:
-        return _detector(weight.path, _hashes(weight), input_size, threshold, threads)
+        return _detector(weight.path, _hashes(weight), input_size, threshold, threads, device)
 
 
 @lru_cache(maxsize=1)
-def _detector(path: str, hashes: Hashes, input_size: int, threshold: float, threads: int) -> Detector:
-    detector = load_detector(path, input_size=input_size, threshold=threshold, threads=threads)
+def _detector(
+    path: str, hashes: Hashes, input_size: int, threshold: float, threads: int, device: str
+) -> Detector:
+    detector = load_detector(path, input_size, threshold, threads, device)
     if hashes != (("file", detector.sha256),):
         raise _changed(path)
     return detector
 
 
-def embedder_of(weight: Weight, threads: int) -> Embedder:
-    """Return the recogniser of a file; WeightsError if it is not what was hashed."""
+def embedder_of(weight: Weight, threads: int, device: str = "cpu") -> Embedder:
+    """Return the recogniser of a file on a device; WeightsError if it is not what was hashed."""
     with _loading:
-        return _embedder(weight.path, _hashes(weight), threads)
+        return _embedder(weight.path, _hashes(weight), threads, device)
 
 
 # as many as a unit may ask in turn
 @lru_cache(maxsize=2)
-def _embedder(path: str, hashes: Hashes, threads: int) -> Embedder:
-    embedder = load_embedder(path, threads=threads)
+def _embedder(path: str, hashes: Hashes, threads: int, device: str) -> Embedder:
+    embedder = load_embedder(path, threads, device)
     if hashes != (("file", embedder.sha256),):
         raise _changed(path)
     return embedder
 
 
-def scorer_of(weight: Weight, kind: str, threads: int) -> FaceScorer:
-    """Return the network of `SCORERS` of a file; WeightsError if it is not what was hashed."""
+def scorer_of(weight: Weight, kind: str, threads: int, device: str = "cpu") -> FaceScorer:
+    """Return the network of `SCORERS` of a file on a device; WeightsError if it is not what was hashed."""
     with _loading:
-        return _scorer(weight.path, _hashes(weight), kind, threads)
+        return _scorer(weight.path, _hashes(weight), kind, threads, device)
 
 
 SCORERS = {"quality": load_quality, "attributes": load_attributes}
 
 
 @lru_cache(maxsize=len(SCORERS))
-def _scorer(path: str, hashes: Hashes, kind: str, threads: int) -> FaceScorer:
-    scorer = SCORERS[kind](path, threads)
+def _scorer(path: str, hashes: Hashes, kind: str, threads: int, device: str) -> FaceScorer:
+    scorer = SCORERS[kind](path, threads, device)
     if hashes != (("file", scorer.sha256),):
         raise _changed(path)
     return scorer
@@ -187,6 +196,25 @@ def device_of(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def faces_device_of(execution: ExecutionConfig) -> str:
+    """Return the device that faces are found and embedded on in this process: cpu, cuda or cuda:N.
+
+    `auto` is the GPU that samples, where onnxruntime can use it; where it cannot, the log says why, once.
+    """
+    if execution.faces_device != "auto":
+        return execution.faces_device
+    device = device_of(execution.device)
+    return device if device != "cpu" and _has_cuda_for_faces(device) else "cpu"
+
+
+@lru_cache
+def _has_cuda_for_faces(device: str) -> bool:
+    lacking = lacking_cuda(device)
+    if lacking is not None:
+        logger.info("faces are found and embedded on the CPU: %s", lacking)
+    return lacking is None
 
 
 def describe_device(device: str) -> str:
