@@ -215,7 +215,8 @@ def compare(
     from flows.launch import launch
 
     read_datasets(store, runs)
-    report = launch(compare_flow, store=store, runs=runs, out=out)
+    again = "The same command compares anew:"
+    report = launch(compare_flow, after_interrupt=again, store=store, runs=runs, out=out)
     print_figures(report["datasets"])
     print_places(report=f"{out}/report.html", figures=f"{out}/report.json", pictures=f"{out}/*.png, *.svg")
 

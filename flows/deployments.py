@@ -29,15 +29,16 @@ ENTRYPOINTS = {
     "compare": "flows.compare.compare",
     "resume-failed": "flows.recovery.resume_failed",
     "verify-store": "flows.verification.verify_store",
+    "export-dataset": "flows.export.export_dataset",
     "train-recogniser": "flows.train_recogniser.train_recogniser",
     "verify-recogniser": "flows.verify_recogniser.verify_recogniser",
 }
 # Flows that read no store; what they write lies beside the datasets.
 WITHOUT_STORE = ("verify-recogniser",)
 # Where flows that write beside the datasets write, below the store.
-OUT = {"compare": "comparison", "train-recogniser": "recogniser"}
+OUT = {"compare": "comparison", "export-dataset": "export", "train-recogniser": "recogniser"}
 # Flows whose units an executor runs.
-WITH_EXECUTOR = ("build-dataset", "grow-dataset", "evaluate", "resume-failed")
+WITH_EXECUTOR = ("build-dataset", "grow-dataset", "evaluate", "resume-failed", "export-dataset")
 
 
 class Deployment(NamedTuple):
@@ -148,6 +149,16 @@ DEPLOYMENTS = (
         "Reads every file of a store again and compares it with what was committed. The run fails if "
         "something is damaged, and its artifact lists it; with *repair*, resume-failed then makes it again.",
         (TAG, "store"),
+    ),
+    Deployment(
+        "export-dataset",
+        "export-dataset",
+        "Writes the images of a finished run as trainers read them (a folder an identity, RecordIO, "
+        "WebDataset, Hugging Face), chosen by status, quality, similarity and number, with their card and "
+        "checksums. *out* is a new folder on the machine that runs this; it gets its name when it is "
+        f"complete. {_GOES_ON}",
+        (TAG, "export"),
+        parameters=MappingProxyType({"run": "demo"}),
     ),
     Deployment(
         "train-recogniser",

@@ -52,16 +52,26 @@ def export_dataset(
 ) -> dict[str, Any]:
     """Write the images of `run` that `settings` ask for to a new folder `out`, with all that goes with them.
 
-    Running the same again goes on where it stopped, and does nothing where it is complete. With `refill` the
-    run is grown until there are as many identities with as many images as are asked for.
+    Running the same again goes on where it stopped, and does nothing where it is complete.
 
     Returns `out`, `images`, `identities`, `bytes`; how many identities are `short` of the images that are
     `needed`, and how many they are `missing` together; and the `licence` with its `conditions`.
 
     Raises:
         StoreError: if the run is not there, not complete or damaged, or `out` cannot be written.
-        ConfigError: if there are too few images, or the format cannot hold them, or `out` is taken.
+        ConfigError: if there are too few images, or the format cannot hold them, or `out` is taken or no
+            local folder.
+
+    Args:
+        run: Name of the finished run; one that a leakage gate kept is one, too.
+        out: Folder to make, as the machine that runs this sees it; it must not be there yet.
+        settings: Which images are taken, and how they are written.
+        refill: Grow the run until there are as many identities with as many images as are asked for.
+        execution: How many processes encode, and where a run that is refilled grows.
+        store: The store.
     """
+    if "://" in out:
+        raise ConfigError(f"out {out!r} is no local folder: export to one, and copy it from there.")
     check_strangers(settings.challenge, run, gated="gate" in (read_run(store, run) or {}))
     selection = _select(store, run, settings, execution if refill else None)
     job = job_of(stages_of_run(store, run), settings, selection)

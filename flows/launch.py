@@ -17,13 +17,16 @@ from negfacediff_core.errors import ConfigError
 from tasks.machine import shielded_from_interrupts
 
 INTERRUPTED = 130
+#: What is said on Ctrl-C, before the command, of flows that keep what is finished.
+GOES_ON = "Finished units are kept; the same command goes on from here:"
 
 
-def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
+def launch(flow: Callable[..., Any], *, after_interrupt: str = GOES_ON, **parameters: Any) -> Any:
     """Return `flow(**parameters)`; on Ctrl-C say how to go on and leave the process with exit code 130.
 
-    The flow runs against the Prefect server at PREFECT_API_URL, and without one against an embedded server.
-    Raises ConfigError if the server does not answer.
+    `after_interrupt` says, before the command, what running it again does. The flow runs against the Prefect
+    server at PREFECT_API_URL, and without one against an embedded server. Raises ConfigError if the server
+    does not answer.
     """
     address = PREFECT_API_URL.value()
     try:
@@ -36,10 +39,7 @@ def launch(flow: Callable[..., Any], **parameters: Any) -> Any:
         # The rest is quick, and a second Ctrl-C must not cut it short.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         command = shlex.join([os.environ.get("NEGFACEDIFF_COMMAND", "negfacediff"), *sys.argv[1:]])
-        print(
-            f"\nInterrupted. Finished units are kept; the same command goes on from here:\n  {command}",
-            file=sys.stderr,
-        )
+        print(f"\nInterrupted. {after_interrupt}\n  {command}", file=sys.stderr)
         # The very server that was started, by Prefect or here: there is one object a port, and one without.
         SubprocessASGIServer().stop()
         sys.stdout.flush()

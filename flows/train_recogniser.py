@@ -23,8 +23,10 @@ from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecut
 from negfacediff_core.recognition.set_openers import open_set
 from negfacediff_core.recognition.training_job import BEST, TrainingJob, check_folder, owned, plan_training
 from negfacediff_core.stages.training_set import training_set_of
+from negfacediff_core.stopping import ended_when
 from negfacediff_core.store.runs import stages_of_run
 from negfacediff_core.tensor_files import replacing
+from tasks.signals import kept_signals
 
 DEFAULT_RECIPE, DEFAULT_EXECUTION = RecogniserConfig(), TrainingExecution()
 #: What a finished training says of itself.
@@ -86,7 +88,7 @@ def train_in(
     if (place / REPORT).exists():  # which is written last
         found: dict[str, Any] = json.loads((place / REPORT).read_bytes())
         return found
-    with _shown(job) as progress:
+    with _shown(job) as progress, kept_signals() as asked_to_end, ended_when(asked_to_end):
         scores = fit(job, progress)
     pack, sdfr = export_forms(load_trained(place / BEST), place)
     result = {

@@ -75,7 +75,15 @@ def train_recogniser(
     from flows.train_recogniser import train_recogniser as train_flow
 
     place = {"store": source, "run": run} if run else {"folder": source}
-    result = launch(train_flow, out=out, recipe=settings, filter=filter_, execution=execution, **place)
+    result = launch(
+        train_flow,
+        after_interrupt=f"The training in {out} is kept; the same command goes on with it:",
+        out=out,
+        recipe=settings,
+        filter=filter_,
+        execution=execution,
+        **place,
+    )
     print(
         f"\nBest epoch {result['epoch']:g} of {result['epochs']}: EER {result['eer']:.2%}, FDR "
         f"{result['fdr']:.2f} on {result['held_out_identities']:,} held-out identities."

@@ -44,24 +44,41 @@ def verify_recogniser(
         int, typer.Option(min=0, max=1024, help="Batches at work at a time; 0: a core each.")
     ] = 0,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where networks run.")] = "cpu",
+    detector: Annotated[
+        str,
+        typer.Option(
+            metavar="PACK",
+            help="An insightface pack: its detector aligns pairs of images that are no crops of 112x112.",
+        ),
+    ] = "",
+    detector_size: Annotated[
+        int, typer.Option(min=32, max=1280, help="Side of the detector's input, in pixels.")
+    ] = 128,
+    frcsyn: Annotated[
+        str,
+        typer.Option(
+            metavar="SET",
+            help="Write score files for the challenge FRCSyn as well, of two recognisers the first as the "
+            "baseline. Decisions are by the threshold that judges this set best: pairs of the training data.",
+        ),
+    ] = "",
     verbose: Verbose = False,
 ) -> None:
     """Verify recognisers on test sets: ten-fold accuracy, TAR at FAR, EER, in tables like those of papers.
 
     Everything but the images' pixels is checked before anything is embedded. The tables are written as they
-    grow.
+    grow; after an interruption, figures are computed anew.
     """
     show_log(verbose)
     from flows.launch import launch
-    from flows.verify_recogniser import check_all
+    from flows.verify_recogniser import FRCSYN, open_all
     from flows.verify_recogniser import verify_recogniser as verify_flow
-    from negfacediff_core.recognition.recogniser_files import open_recognisers
-    from negfacediff_core.recognition.verification_sets import open_sets
     from negfacediff_core.recognition.verification_tables import plain_text
 
-    check_all(open_sets(sets), open_recognisers(recogniser, device))
+    open_all(recogniser, sets, device, detector, detector_size, frcsyn)
     results = launch(
         verify_flow,
+        after_interrupt=f"Figures so far are in {out}; the same command computes all of them again:",
         recognisers=recogniser,
         sets=sets,
         out=out,
@@ -71,6 +88,10 @@ def verify_recogniser(
         batch=batch,
         threads=threads,
         device=device,
+        detector=detector,
+        detector_size=detector_size,
+        frcsyn=frcsyn,
     )
     print(f"\n{plain_text(results)}")
-    print_places(table=f"{out}/table.md", figures=f"{out}/results.json")
+    scores = {"scores": f"{out}/{FRCSYN}"} if frcsyn else {}
+    print_places(table=f"{out}/table.md", figures=f"{out}/results.json", **scores)

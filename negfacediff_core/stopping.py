@@ -19,19 +19,24 @@ _unwanted: ContextVar[Callable[[], bool]] = ContextVar("unwanted", default=_neve
 
 
 @contextmanager
-def ended_when(unwanted: Callable[[], bool]) -> Iterator[None]:
-    """Have the work of this thread end, while the block runs, as soon as `unwanted` returns True.
+def ended_when(asked: Callable[[], bool]) -> Iterator[None]:
+    """Have the work of this thread end, while the block runs, as soon as `asked` returns True.
 
     It is asked at each step, and so must answer at once.
     """
-    token = _unwanted.set(unwanted)
+    token = _unwanted.set(asked)
     try:
         yield
     finally:
         _unwanted.reset(token)
 
 
+def unwanted() -> bool:
+    """Tell whether nobody wants the work any more that this is a part of."""
+    return _unwanted.get()()
+
+
 def heed() -> None:
     """Raise StoppedError if nobody wants the work any more that this is a part of."""
-    if _unwanted.get()():
+    if unwanted():
         raise StoppedError("Nobody waits for this work any more: its build was stopped.")

@@ -11,7 +11,7 @@ from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecut
 from negfacediff_core.recognition.set_openers import open_set
 from negfacediff_core.recognition.training_job import TrainingJob, plan_training
 
-#: A network of some thousand weights.
+#: An iResNet of some thousand weights.
 TINY = {
     "family": "iresnet",
     "layers": [1, 1],

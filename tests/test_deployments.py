@@ -39,7 +39,14 @@ def test_the_flows_and_presets_that_are_asked_for_are_in_the_table():
         *(f"build-dataset/{name}" for name in ("demo", "paper", "adaptdiff", "frcsyn-500k")),
         *(
             f"{name}/{name}"
-            for name in ("grow-dataset", "evaluate", "compare", "resume-failed", "verify-store")
+            for name in (
+                "grow-dataset",
+                "evaluate",
+                "compare",
+                "resume-failed",
+                "verify-store",
+                "export-dataset",
+            )
         ),
     } <= set(names)
     for flow, entrypoint in ENTRYPOINTS.items():

@@ -32,7 +32,9 @@ def without_prefect(monkeypatch):
     monkeypatch.setattr(
         flow_module, "create_markdown_artifact", lambda text, key, _: shown.update({key: text})
     )
-    monkeypatch.setattr(launch, "launch", lambda flow, **parameters: flow.fn(**parameters))
+    monkeypatch.setattr(
+        launch, "launch", lambda flow, after_interrupt="", **parameters: flow.fn(**parameters)
+    )
     return shown
 
 

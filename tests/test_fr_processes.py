@@ -37,6 +37,27 @@ fit(tiny_job(Path(sys.argv[1]), Path(sys.argv[2]), execution, epochs={EPOCHS}, h
 """
 
 
+STOPPED = """
+import signal, sys
+from pathlib import Path
+import torch
+from crop_folders import EXECUTION, tiny_job
+from negfacediff_core.recognition.fit import fit
+from negfacediff_core.stopping import ended_when
+from tasks.signals import kept_signals
+
+def progress(done, total):
+    print(done, flush=True)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    execution = EXECUTION.model_copy(update={"processes": int(sys.argv[3]), "checkpoint_seconds": 1e4})
+    job = tiny_job(Path(sys.argv[1]), Path(sys.argv[2]), execution, epochs=400)
+    with kept_signals() as asked_to_end, ended_when(asked_to_end):
+        fit(job, progress)
+"""
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Twelve identities, four crops of each."""
@@ -105,6 +126,33 @@ def test_two_processes_train_what_one_does_in_two_parts(source, tmp_path):
     for epoch in (1, 2):
         saved = [np.load(tmp_path / each / "dynamics" / f"epoch-{epoch:04d}.npz") for each in ("two", "one")]
         np.testing.assert_allclose(saved[0]["log_probability"], saved[1]["log_probability"], atol=1e-2)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_asked_to_end_saves_its_state_first(source, tmp_path, processes, number):
+    script = tmp_path / "train.py"
+    script.write_text(STOPPED)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(source), str(tmp_path / "out"), str(processes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    for _ in range(3):
+        assert process.stdout.readline()
+    # as a terminal, and as who cancels
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    told, said = process.communicate(timeout=600)
+    assert process.returncode == -number, said
+    position = read_tensors(tmp_path / "out" / "state.pt")["position"]
+    done = 8 * (4 * position["epoch"] + position["step"])
+    assert done >= max(map(int, told.split()), default=16)
+    more = tiny_job(source, tmp_path / "out", epochs=400)
+    with pytest.raises(Interrupted):
+        fit(more, interrupt_at(done + 8))
 
 
 def test_one_process_goes_on_with_what_two_began(source, tmp_path):

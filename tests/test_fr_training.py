@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import math
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
 from crop_folders import EXECUTION, RECIPE, TINY, crops, nobody, save_crops, tiny_job
 
-from negfacediff_core.errors import ConfigError, NegFaceDiffError, StoreError, WeightsError
+from negfacediff_core.errors import ConfigError, NegFaceDiffError, StoppedError, StoreError, WeightsError
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.packs import open_file
 from negfacediff_core.images import to_float
@@ -21,6 +22,7 @@ from negfacediff_core.recognition.fit import fit
 from negfacediff_core.recognition.recipe import Head, RecogniserConfig, TrainingExecution
 from negfacediff_core.recognition.set_openers import open_set
 from negfacediff_core.recognition.training_job import architecture_of, owned, plan_training
+from negfacediff_core.stopping import ended_when
 from negfacediff_core.tensor_files import read_tensors
 
 ALWAYS = EXECUTION.model_copy(update={"checkpoint_seconds": 0.0})
@@ -87,6 +89,22 @@ def test_a_training_that_was_interrupted_equals_one_that_was_not(source, tmp_pat
         assert (saved[0]["log_probability"] == saved[1]["log_probability"]).all()
         assert (saved[0]["outcome"] == saved[1]["outcome"]).all()
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("asked", [2, 5], ids=["between steps", "while an epoch is judged"])
+def test_a_training_that_nobody_wants_any_more_is_saved_and_goes_on(source, tmp_path, asked):
+    job = tiny_job(source, tmp_path / "whole")
+    whole = fit(job, nobody)
+    parts = dataclasses.replace(job, folder=tmp_path / "parts")
+    times = count(1)
+    with ended_when(lambda: next(times) == asked), pytest.raises(StoppedError, match="to go on with"):
+        fit(parts, nobody)
+    # the usual checkpoint was minutes away
+    assert read_tensors(parts.folder / "state.pt")["position"]["step"] == min(asked, job.steps)
+    assert not list(parts.folder.glob("curves.csv"))
+    assert fit(parts, nobody) == whole
+    for name in ("state.pt", "best.pt"):
+        assert equal(read_tensors(job.folder / name), read_tensors(parts.folder / name)), name
 
 
 def test_a_finished_training_is_left_as_it_is(source, tmp_path, monkeypatch):

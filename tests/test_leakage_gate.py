@@ -19,11 +19,10 @@ from negfacediff_core.config import LeakageConfig
 from negfacediff_core.errors import ConfigError, ContextsError, StoreError, WeightsError
 from negfacediff_core.evaluation.leakage import search_operations
 from negfacediff_core.faces.align import TEMPLATE_112, similarity_transform, warp
-from negfacediff_core.faces.detect import load_detector
+from negfacediff_core.faces.detect import load_detector, main_face
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.stages import gallery as gallery_stage
 from negfacediff_core.stages import kept, run_unit
-from negfacediff_core.stages.aligned import main_face
 from negfacediff_core.stages.gate import _shortened, plan_gate
 from negfacediff_core.stages.leakage import leaking, read_report, thresholds_at
 from negfacediff_core.store.extents import read_array, read_column

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from crop_folders import TINY
 from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError, WeightsError
@@ -21,15 +22,7 @@ from negfacediff_core.recognition.measure import embed_pooled_crops, held_out_fi
 from negfacediff_core.recognition.train import TrainingSettings, read_checkpoint, train_recogniser
 
 ARCHITECTURES = {
-    "iresnet": {
-        "family": "iresnet",
-        "layers": [1, 1],
-        "channels": [8, 16],
-        "width": 16,
-        "stem_stride": 2,
-        "input_pool": 4,
-        "dropout": 0.2,
-    },
+    "iresnet": TINY,
     "plain": {
         "family": "plain",
         "layers": [1, 1],

@@ -12,9 +12,8 @@ from stored_files import results
 from negfacediff_core.diffusion.engine import Samples, SamplingEngine
 from negfacediff_core.errors import BuildError, ContextsError, StoreError
 from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
-from negfacediff_core.faces.detect import Faces
+from negfacediff_core.faces.detect import Faces, main_face
 from negfacediff_core.stages import plan_build, run_unit
-from negfacediff_core.stages.aligned import main_face
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.evaluation import score_panel, sheet_panel
 from negfacediff_core.stages.negatives import stored_negatives

@@ -137,8 +137,8 @@ def test_the_command_prints_the_tables_and_says_where_they_lie(
 ):
     given = {}
 
-    def launched(flow, **parameters):
-        given.update(parameters)
+    def launched(flow, after_interrupt, **parameters):
+        given.update(parameters, said=after_interrupt)
         return results
 
     launcher(monkeypatch, launched)
@@ -155,6 +155,10 @@ def test_the_command_prints_the_tables_and_says_where_they_lie(
         "batch": 32,
         "threads": 1,
         "device": "cpu",
+        "detector": "",
+        "detector_size": 128,
+        "frcsyn": "",
+        "said": f"Figures so far are in {out}; the same command computes all of them again:",
     }
     printed = capsys.readouterr().out
     assert plain_text(results) in printed and f"{out}/table.md" in printed

@@ -34,7 +34,7 @@ from negfacediff_core.config.dataset import (
 )
 from negfacediff_core.config.execution import ExecutionConfig
 from negfacediff_core.config.leakage import LeakageConfig
-from negfacediff_core.config.model import TITLES, Model, Optional, Seed, title_of
+from negfacediff_core.config.model import TITLES, Model, Optional, OptionalNumber, Seed, title_of
 
 __all__ = [
     "CONTEXT_FIELDS",
@@ -54,6 +54,7 @@ __all__ = [
     "NegativeWeights",
     "NegativesConfig",
     "Optional",
+    "OptionalNumber",
     "Policy",
     "Precision",
     "Protocol",

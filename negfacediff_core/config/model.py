@@ -65,11 +65,9 @@ class Model(BaseModel):
     )
 
 
+_none_if_empty = BeforeValidator(lambda value: None if value == "" else value)
 #: Something that may be left out: None, or an empty box of a form, which shows no two kinds to choose from.
-Optional = Annotated[
-    str | None,
-    BeforeValidator(lambda value: None if value == "" else value),
-    WithJsonSchema({"type": "string"}),
-]
+Optional = Annotated[str | None, _none_if_empty, WithJsonSchema({"type": "string"})]
+OptionalNumber = Annotated[float | None, _none_if_empty, WithJsonSchema({"type": "number"})]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63, description="Random seed. Allowed: from 0 to 2^63 - 1.")]

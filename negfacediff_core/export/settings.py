@@ -1,10 +1,11 @@
 """What one asks of an export: which images of a run, and how they are written."""
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
-from negfacediff_core.config import Model
+from negfacediff_core.config import Model, OptionalNumber
 from negfacediff_core.export.challenges import Challenge, asked_for
 
 
@@ -46,6 +47,10 @@ class ImageStatus(StrEnum):
     out_of_band = "out_of_band"
 
 
+# What stands in a list of a form says itself what it allows.
+_Status = Annotated[ImageStatus, WithJsonSchema({"type": "string", "enum": [*ImageStatus]})]
+
+
 class ExportConfig(Model):
     """Which images of a run are exported, and how they are written."""
 
@@ -62,10 +67,10 @@ class ExportConfig(Model):
         description="Of the format rec. header: insightface and AdaFace. headerless: insightface, NVIDIA "
         "DALI and CVLface.",
     )
-    status: tuple[ImageStatus, ...] = Field(
+    status: tuple[_Status, ...] = Field(
         default=(ImageStatus.ok,), min_length=1, description="Images of which status are taken."
     )
-    min_quality: float | None = Field(
+    min_quality: OptionalNumber = Field(
         default=None,
         allow_inf_nan=False,
         description="Lowest quality: of the quality network, or without one the norm of the judge's "

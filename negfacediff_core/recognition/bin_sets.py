@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from negfacediff_core.contexts.pickled_arrays import STAND_INS, PickledArray, PickledDtype
 from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.faces.detect import Detector
 from negfacediff_core.recognition.crop_lists import encoded_crops
 from negfacediff_core.recognition.fold_accuracy import contiguous_folds
 from negfacediff_core.recognition.pair_sets import PairSet, check_pairs
@@ -120,10 +121,11 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = _bytes_of_array
 
 
-def read_bin(path: Path, name: str) -> PairSet:
+def read_bin(path: Path, name: str, detector: Detector | None = None) -> PairSet:
     """Read a `.bin` set: pair i is images 2i and 2i + 1. Crops that are equal byte by byte are kept once.
 
-    The folds are ten stretches of the list, as everywhere in the field. Raises NegFaceDiffError, naming the
+    The folds are ten stretches of the list, as everywhere in the field; for the detector see `encoded_crops`.
+    Raises NegFaceDiffError, naming the
     file, where it is no such set; nothing in it is ever run.
     """
     images, same = _content(path)
@@ -134,7 +136,7 @@ def read_bin(path: Path, name: str) -> PairSet:
         names[places[number]] = f"image {number}"
     folds = contiguous_folds(len(same))
     check_pairs(same, folds, str(path))
-    crops = encoded_crops(list(first_place), names, str(path))
+    crops = encoded_crops(list(first_place), names, str(path), detector)
     return PairSet(name, crops, np.array(places, np.int64).reshape(-1, 2), same, folds)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.embed import Embedder
-from negfacediff_core.recognition.crop_lists import CropList
+from negfacediff_core.recognition.crop_lists import SIDE, CropList
 
 
 class Embedding(NamedTuple):
@@ -32,7 +32,8 @@ def check_size(crops: CropList, embedder: Embedder, where: str) -> None:
     if crops.side != embedder.input_size:
         raise NegFaceDiffError(
             f"the images of {where} have {crops.side}x{crops.side} pixels, and {embedder.weights.name} takes "
-            f"{embedder.input_size}x{embedder.input_size}: align the faces to that size"
+            f"{embedder.input_size}x{embedder.input_size}: align the faces to that size; a detector "
+            f"(--detector PACK) does it for {SIDE}x{SIDE}"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from negfacediff_core.errors import NegFaceDiffError, WeightsError
+from negfacediff_core.errors import NegFaceDiffError, StoppedError, WeightsError
 from negfacediff_core.recognition.classifier import MarginHead, Recogniser, scaled
 from negfacediff_core.recognition.course import Position, is_over, judged, rate_at
 from negfacediff_core.recognition.curves import write_picture, write_table
@@ -34,6 +34,7 @@ from negfacediff_core.recognition.loader import Batch, Loader, epoch_order
 from negfacediff_core.recognition.randaugment import Variation
 from negfacediff_core.recognition.seeds import seed_of
 from negfacediff_core.recognition.training_job import BEST, STATE, TrainingJob, claim, starting_network
+from negfacediff_core.stopping import unwanted
 from negfacediff_core.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def fit(job: TrainingJob, progress: Progress) -> dict[str, Any]:
     Raises:
         ConfigError: if the folder holds another training.
         NegFaceDiffError: if the loss is no number any more.
+        StoppedError: if nobody wants the training any more (see `stopping`); its state is saved.
     """
     claim(job)
     write_images(job.folder, IMAGES, job.training)
@@ -138,6 +140,11 @@ class _Run:
         }
         write_tensors(self.job.folder / STATE, state)
 
+    def stopped(self) -> StoppedError:
+        """Save a training that nobody wants any more; returns what all of its processes raise."""
+        self.save()
+        return StoppedError(f"The training was stopped; {self.job.folder} has all of it, to go on with.")
+
     def restore(self) -> None:
         """Go back to the folder's state, where there is one."""
         state = read_state(self.job)
@@ -193,9 +200,10 @@ def _train_epoch(run: _Run, progress: Progress) -> None:
         now = time.monotonic()
         position.seconds, looked = position.seconds + now - looked, now
         position.waited, run.loader.waited = position.waited + run.loader.waited, 0.0
-        if run.fabric.broadcast(now - saved >= job.execution.checkpoint_seconds) and position.step < len(
-            order
-        ):
+        stop, due = run.fabric.broadcast((unwanted(), now - saved >= job.execution.checkpoint_seconds))
+        if stop:
+            raise run.stopped()
+        if due and position.step < len(order):
             run.save()
             saved = looked = time.monotonic()
 
@@ -248,26 +256,34 @@ def _diverged(run: _Run) -> NegFaceDiffError:
 def _end_epoch(run: _Run) -> None:
     """Judge an epoch by the held-out identities, write what it leaves, and save the state behind it."""
     run.gather()
-    position, folder = run.position, run.job.folder
-    if run.fabric.global_rank == 0:
-        run.module.eval()
-        try:
-            scores = held_out_scores(run.job.held_out, run.embed, run.job.loaders)
-        except FloatingPointError as error:
-            raise _diverged(run) from error
-        row = _row(run, scores)
-        position = judged(position, scores, run.job.recipe.patience)
-        position.rows.append(row)
-        write_epoch(folder, position.epoch + 1, run.log_probability.cpu().numpy(), run.outcome.cpu().numpy())
-        if position.best["epoch"] == position.epoch + 1:
-            write_tensors(folder / BEST, _network(run, position.best))
-        write_table(folder, position.rows)
-    position = run.fabric.broadcast(position)
+    position: Position | None = run.fabric.broadcast(None if run.fabric.global_rank else _judge(run))
+    if position is None:
+        raise run.stopped()
     run.position = replace(position, epoch=position.epoch + 1, step=0, loss=0.0, seconds=0.0, waited=0.0)
     if run.fabric.global_rank == 0 and (position.seconds > _DRAWN or is_over(run.job.recipe, run.position)):
-        write_picture(folder, position.rows)
+        write_picture(run.job.folder, position.rows)
     run.forget()
     run.save()
+
+
+def _judge(run: _Run) -> Position | None:
+    """Take note of how good the network is after an epoch; None if nobody wants to know any more."""
+    folder = run.job.folder
+    run.module.eval()
+    try:
+        scores = held_out_scores(run.job.held_out, run.embed, run.job.loaders)
+    except StoppedError:
+        return None
+    except FloatingPointError as error:
+        raise _diverged(run) from error
+    row = _row(run, scores)
+    position = judged(run.position, scores, run.job.recipe.patience)
+    position.rows.append(row)
+    write_epoch(folder, position.epoch + 1, run.log_probability.cpu().numpy(), run.outcome.cpu().numpy())
+    if position.best["epoch"] == position.epoch + 1:
+        write_tensors(folder / BEST, _network(run, position.best))
+    write_table(folder, position.rows)
+    return position
 
 
 def _row(run: _Run, scores: dict[str, float]) -> dict[str, float]:

@@ -52,6 +52,13 @@ def even_folds(same: NDArray[np.bool_]) -> NDArray[np.int64]:
     return folds
 
 
+def best_threshold(distances: NDArray[np.float64], same: NDArray[np.bool_]) -> float:
+    """Return the threshold that judges most of the pairs `(P,)` rightly, the lowest of several."""
+    accepted_from = np.searchsorted(THRESHOLDS, distances, side="right")
+    gains = np.bincount(accepted_from, np.where(same, 1, -1), len(THRESHOLDS) + 1)[:-1]
+    return float(THRESHOLDS[gains.cumsum().argmax()])
+
+
 def fold_accuracy(
     distances: NDArray[np.float64],
     same: NDArray[np.bool_],

@@ -11,6 +11,7 @@ from torch import Tensor
 from negfacediff_core.evaluation.metrics import separability
 from negfacediff_core.evaluation.scores import compare
 from negfacediff_core.recognition.datasets import TrainingSet
+from negfacediff_core.stopping import heed
 
 # What is enough to choose an epoch by: identities, and images of each.
 _IDENTITIES, _IMAGES = 1000, 10
@@ -21,14 +22,17 @@ def held_out_scores(crops: TrainingSet, embed: Callable[[Tensor], Tensor], threa
     """Compare all pairs of up to 1,000 identities with up to 10 images each.
 
     `embed` takes `(N, 3, 112, 112)` uint8 crops to `(N, width)` embeddings. Returns the EER, the FNMR at an
-    FMR of 1% (`fmr100`), and the FDR. Raises FloatingPointError for embeddings that are zero or not finite.
+    FMR of 1% (`fmr100`), and the FDR. Raises FloatingPointError for embeddings that are zero or not finite,
+    StoppedError as `heed`.
     """
     images, identities, places = _chosen(crops)
     parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
     with ThreadPoolExecutor(threads, "held-out") as pool, torch.inference_mode():
         # every batch is decoded while the one before is embedded
-        decoded = pool.map(crops.read, parts)
-        found = [embed(torch.from_numpy(part).permute(0, 3, 1, 2)).float().cpu().numpy() for part in decoded]
+        found = []
+        for part in pool.map(crops.read, parts):
+            heed()
+            found.append(embed(torch.from_numpy(part).permute(0, 3, 1, 2)).float().cpu().numpy())
     embeddings = np.concatenate(found)
     lengths = np.linalg.norm(embeddings, axis=1)
     if not (np.isfinite(lengths) & (lengths > 0)).all():

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.align import align
-from negfacediff_core.recognition.crop_lists import CropList, decode
+from negfacediff_core.recognition.crop_lists import SIDE, CropList, decode
 
 # Pairs that are scored at a time: a few hundred megabytes of gathered templates.
 _SCORED = 1 << 16
-_SIDE = 112
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,9 @@ def _crops(folder: Path, images: list[str], landmarks: NDArray[np.float32]) -> C
 
     def read(place: int) -> NDArray[np.uint8]:
         image = decode(folder / images[place], images[place], str(folder))
-        return align(image, landmarks[place], _SIDE)
+        return align(image, landmarks[place], SIDE)
 
-    return CropList(images, read, _SIDE)
+    return CropList(images, read, SIDE)
 
 
 def pool(

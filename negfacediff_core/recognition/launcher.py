@@ -1,15 +1,21 @@
 """Processes, devices and precision of a training, by Lightning Fabric."""
 
+import contextvars
+import logging
 import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.errors import NegFaceDiffError, StoppedError
 from negfacediff_core.recognition.training_job import TrainingJob
+from negfacediff_core.stopping import ended_when, heed, unwanted
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -17,24 +23,33 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # images seen, images to see
 #: What a process does: with its Fabric, the job, and whom to tell of progress.
 Work = Callable[["Fabric", TrainingJob, Progress], None]
+# Seconds between two looks at whether the work is still wanted.
+_WATCHED = 0.2
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def run_processes(work: Work, job: TrainingJob, progress: Progress) -> None:
     """Run `work` in this process, or in as many further ones as the job asks for, and wait for them.
 
-    Raises what it raises; of several processes NegFaceDiffError, with what the one that failed said.
+    Raises what it raises; of several processes StoppedError, or NegFaceDiffError with what the one that
+    failed said.
     """
     fabric = _fabric(job)
     if job.execution.processes == 1:
         work(fabric, job, progress)
         return
-    messages: Any = multiprocessing.get_context("spawn").SimpleQueue()
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.SimpleQueue()
+    stop, over = context.Event(), threading.Event()
     listener = threading.Thread(target=_listen, args=(messages, progress), daemon=True)
+    # as this thread is asked to end, so the processes are
+    watcher = threading.Thread(target=contextvars.copy_context().run, args=(_watch, stop, over), daemon=True)
     listener.start()
+    watcher.start()
     try:
-        # bound to the function: Fabric takes arguments apart, and stumbles over what is frozen
-        fabric.launch(partial(_work_and_tell, work=work, job=job, messages=messages))
+        # no arguments: Fabric takes them apart, and stumbles over what is frozen
+        fabric.launch(_Process(work, job, messages, stop))
+        heed()
     except (
         ProcessRaisedException,
         ProcessExitedException,
@@ -44,8 +59,10 @@ def run_processes(work: Work, job: TrainingJob, progress: Progress) -> None:
             f"A process of the training failed: {last}. The same command goes on from the last checkpoint."
         ) from error
     finally:
+        over.set()
         messages.put(None)
         listener.join()
+        watcher.join()
 
 
 def _fabric(job: TrainingJob) -> "Fabric":
@@ -64,14 +81,41 @@ def _fabric(job: TrainingJob) -> "Fabric":
     )
 
 
-def _work_and_tell(fabric: "Fabric", work: Work, job: TrainingJob, messages: Any) -> None:
-    """Work in a process of its own; the first one tells of progress."""
+class _Process:
+    """The work of a process of its own, until `stop` is set; the first one tells of progress."""
 
-    def tell(done: int, total: int) -> None:
-        if fabric.global_rank == 0:
-            messages.put((done, total))
+    def __init__(self, work: Work, job: TrainingJob, messages: Any, stop: Any) -> None:
+        self.work, self.job, self.messages, self.stop = work, job, messages, stop
 
-    work(fabric, job, tell)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # in the process, and before Fabric tells the console that it begins there
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        self.__dict__.update(state)
+
+    def __call__(self, fabric: "Fabric") -> None:
+        signal.signal(signal.SIGINT, _outlive_interrupts)
+
+        def tell(done: int, total: int) -> None:
+            if fabric.global_rank == 0:
+                self.messages.put((done, total))
+
+        with ended_when(self.stop.is_set), suppress(StoppedError):
+            self.work(fabric, self.job, tell)
+
+
+def _outlive_interrupts(number: int, frame: FrameType | None) -> None:
+    """A terminal sends Ctrl-C to all processes; who started these ends them, or is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)
+
+
+def _watch(stop: Any, over: threading.Event) -> None:
+    """Set `stop` as soon as the work is unwanted, until it is `over`."""
+    while not over.wait(_WATCHED):
+        if unwanted():
+            stop.set()
+            return
 
 
 def _listen(messages: Any, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Sets of image pairs, each genuine or impostor, by which recognisers are verified."""
+"""Sets of image pairs: each genuine or impostor, by which recognisers are verified, or not told."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,15 @@ class PairSet:
     pairs: NDArray[np.int64]
     same: NDArray[np.bool_]
     folds: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ComparisonList:
+    """Pairs `(P, 2)` of which nobody says whether they are genuine: challenges keep that to themselves."""
+
+    name: str
+    crops: CropList
+    pairs: NDArray[np.int64]
 
 
 def check_pairs(same: NDArray[np.bool_], folds: NDArray[np.int64], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Pair lists beside folders of aligned crops: LFW's `pairs.txt`, and CSV files of path1,path2,same."""
+"""Pair lists beside folders of faces: LFW's `pairs.txt`, and CSV files of path1,path2,same."""
 
 import csv
 from pathlib import Path
@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.faces.detect import Detector
 from negfacediff_core.recognition.crop_lists import encoded_crops
 from negfacediff_core.recognition.fold_accuracy import FOLDS, contiguous_folds, even_folds
-from negfacediff_core.recognition.pair_sets import PairSet, check_pairs
+from negfacediff_core.recognition.pair_sets import ComparisonList, PairSet, check_pairs
 
 #: Suffixes under which an image of `pairs.txt`, which names none, is looked for, in order.
 SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
@@ -19,15 +20,18 @@ _YES, _NO = ("1", "true", "yes"), ("0", "false", "no")
 class _Pair(NamedTuple):
     first: Path
     second: Path
-    same: bool
+    same: bool | None  # None: nobody says
 
 
-def read_pairs(path: Path, images: Path, name: str) -> PairSet:
-    """Read a pair list, `.csv` or in LFW's layout, of crops in the folder `images`.
+def read_pairs(
+    path: Path, images: Path, name: str, detector: Detector | None = None
+) -> PairSet | ComparisonList:
+    """Read a pair list, `.csv` or in LFW's layout, of faces in the folder `images`: see `encoded_crops`.
 
     An LFW list that begins with `10<TAB>N` has its folds: ten times N genuine and N impostor pairs. The pairs
-    of any other list are divided in ten folds with as many of each kind, in the order of the list. Raises
-    NegFaceDiffError, naming the file and line, for a list that is malformed or whose images are not there.
+    of any other list are divided in ten folds with as many of each kind, in the order of the list. A CSV of
+    two cells a line is a `ComparisonList`. Raises NegFaceDiffError, naming the file and line, for a list that
+    is malformed or whose images are not there.
     """
     if not images.is_dir():
         raise NegFaceDiffError(
@@ -43,14 +47,17 @@ def read_pairs(path: Path, images: Path, name: str) -> PairSet:
     )
     if not pairs:
         raise NegFaceDiffError(f"the pair list {path} holds no pairs")
-    same = np.array([pair.same for pair in pairs])
-    folds = contiguous_folds(len(pairs)) if has_folds else even_folds(same)
-    check_pairs(same, folds, str(path))
+    told = [pair.same for pair in pairs if pair.same is not None]
+    same = np.array(told, bool)
+    folds = contiguous_folds(len(same)) if has_folds else even_folds(same)
+    if told:
+        check_pairs(same, folds, str(path))
     files: dict[Path, int] = {}
-    places = [[files.setdefault(file, len(files)) for file in (pair.first, pair.second)] for pair in pairs]
+    numbered = [[files.setdefault(file, len(files)) for file in (pair.first, pair.second)] for pair in pairs]
     _check_there(list(files), path)
     names = [str(file.relative_to(images)) for file in files]
-    return PairSet(name, encoded_crops(list(files), names, str(path)), np.array(places), same, folds)
+    crops, places = encoded_crops(list(files), names, str(path), detector), np.array(numbered)
+    return PairSet(name, crops, places, same, folds) if told else ComparisonList(name, crops, places)
 
 
 def _check_there(files: list[Path], path: Path) -> None:
@@ -63,18 +70,33 @@ def _check_there(files: list[Path], path: Path) -> None:
 
 
 def _csv_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:
-    """Pairs of a CSV of path1,path2,same; a first line whose third cell is no yes or no is its head."""
-    pairs = []
-    for number, row in enumerate(csv.reader(text.splitlines()), start=1):
-        if not row or (number == 1 and len(row) == 3 and row[2].strip().lower() not in _YES + _NO):
-            continue
-        if len(row) != 3 or row[2].strip().lower() not in _YES + _NO:
-            raise NegFaceDiffError(
-                f"{path}, line {number}: {','.join(row)!r} is no pair; expected path1,path2,same, where same "
-                "is 1 or 0"
-            )
-        pairs.append(_Pair(images / row[0].strip(), images / row[1].strip(), row[2].strip().lower() in _YES))
-    return pairs, False
+    """Pairs of a CSV of path1,path2,same, or of path1,path2 in all lines.
+
+    A first line whose third cell is no yes or no is a head, as is one that says path1,path2.
+    """
+    rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
+    cells = 2 if rows and len(rows[0][1]) == 2 else 3
+    if rows and rows[0][0] == 1 and _is_head(rows[0][1]):
+        del rows[0]
+    return [_csv_pair(path, number, row, cells, images) for number, row in rows], False
+
+
+def _is_head(row: list[str]) -> bool:
+    if len(row) == 2:
+        return [cell.strip().lower() for cell in row] == ["path1", "path2"]
+    return len(row) == 3 and row[2].strip().lower() not in _YES + _NO
+
+
+def _csv_pair(path: Path, number: int, row: list[str], cells: int, images: Path) -> _Pair:
+    """One line of so many cells; NegFaceDiffError where it is none."""
+    said = row[2].strip().lower() if len(row) == 3 else ""
+    if len(row) != cells or (cells == 3 and said not in _YES + _NO):
+        raise NegFaceDiffError(
+            f"{path}, line {number}: {','.join(row)!r} is no pair; expected path1,path2,same, where same is "
+            "1 or 0, or path1,path2 in all lines"
+        )
+    first, second = (images / cell.strip() for cell in row[:2])
+    return _Pair(first, second, said in _YES if cells == 3 else None)
 
 
 def _lfw_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:

@@ -105,7 +105,7 @@ def open_recogniser(
     if path.suffix in SUFFIXES:
         embedder: Any = TorchEmbedder(path, load_network(path), _device(device), colour_order)
     else:
-        embedder = load_embedder(path, providers=_providers(device), colour_order=colour_order)
+        embedder = load_embedder(path, device=device, colour_order=colour_order)
     if pixels is not None:
         embedder.mean, embedder.std = PIXELS[pixels]
     return embedder
@@ -115,10 +115,6 @@ def _device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no GPU here; use cpu")
     return device
-
-
-def _providers(device: str) -> tuple[str, ...]:
-    return ("CPUExecutionProvider",) if device == "cpu" else ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def load_network(path: Path) -> nn.Module:

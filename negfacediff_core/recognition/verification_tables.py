@@ -23,7 +23,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     Numbers are percents. A figure that is not there yet is a dash.
     """
     made = [_accuracies(results), _rates(results), _differences(results)]
-    return [table for table in made if table.rows]
+    return [table for table in made if table.rows and len(table.head) > table.names]
 
 
 def _accuracies(results: Mapping[str, Any]) -> Table:
@@ -125,6 +125,21 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         said.append("* Fewer than 1/FAR impostor pairs: the TAR at which none is accepted.")
     form = "the sum of the embeddings of image and mirror image" if results["flip"] else "of the image alone"
     said.append(f"Embeddings: {form}.")
+    for name, counts in results["faceless"].items():
+        said.append(
+            f"{name}: no face found in {counts['faceless']:,} of {counts['images']:,} images; their middle "
+            "was taken."
+        )
+    if "frcsyn" in results:
+        frcsyn = results["frcsyn"]
+        limits = ", ".join(
+            f"{system} ({name}) {frcsyn['thresholds'][name]:.3f}"
+            for name, system in frcsyn["systems"].items()
+        )
+        said.append(
+            f"FRCSyn: decision 1 where the cosine is above the threshold that judges the pairs of "
+            f"{frcsyn['threshold_pairs']} best: {limits}."
+        )
     return said
 
 

@@ -18,13 +18,14 @@ from negfacediff_core.evaluation.metrics import (
 from negfacediff_core.recognition.embedding import Embedding, embed_all, embedded_batches
 from negfacediff_core.recognition.fold_accuracy import fold_accuracy
 from negfacediff_core.recognition.ijbc import TemplateSet, pool, template_cosines
-from negfacediff_core.recognition.pair_sets import PairSet
+from negfacediff_core.recognition.pair_sets import ComparisonList
 from negfacediff_core.recognition.verification_bootstrap import (
     FIGURES,
     draw_weights,
     interval,
     resample,
 )
+from negfacediff_core.recognition.verification_sets import VerificationSet
 
 #: The false accept rates at which the true accept rate is told, of pairs and of templates.
 PAIR_FARS = (1e-3, 1e-4)
@@ -36,17 +37,20 @@ Batches = Iterator[tuple[int, NDArray[np.float32]]]
 
 @dataclass(frozen=True)
 class Verified:
-    """What one recogniser makes of one set: `figures` in JSON types, and the `draws` `(B, 3)` behind them.
+    """What one recogniser makes of one set: `figures` in JSON types, the `cosines` `(P,)` of its pairs, and
+    the `draws` `(B, 3)` behind the figures' intervals.
 
-    See `pair_figures` and `template_figures` for the figures; `draws` is empty where nothing was resampled.
+    See `pair_figures` and `template_figures` for the figures, which comparisons without labels have none of;
+    `draws` is empty where nothing was resampled.
     """
 
     figures: dict[str, Any]
+    cosines: NDArray[np.floating]
     draws: NDArray[np.float64]
 
 
 def verify(
-    tested: PairSet | TemplateSet,
+    tested: VerificationSet,
     how: Embedding,
     committed: Committed = lambda count: None,
     draws: int = 0,
@@ -64,33 +68,39 @@ def verify(
 
     Raises NegFaceDiffError as `embedded_batches` and `pool`.
     """
+    none = np.empty((0, len(FIGURES)))
     if isinstance(tested, TemplateSet):
         batches = _told(embedded_batches(tested.crops, how), committed)
         pooled = pool(tested, batches, how.embedder.width, weigh)
-        figures = template_figures(template_cosines(pooled, tested.pairs), tested.same)
-        return Verified(figures, np.empty((0, len(FIGURES))))
+        similar = template_cosines(pooled, tested.pairs)
+        return Verified(template_figures(similar, tested.same), similar, none)
     unit = unit_vectors(embed_all(tested.crops, how, committed))
     cosines, distances = pair_scores(unit, tested.pairs)
+    if isinstance(tested, ComparisonList):
+        return Verified({}, cosines, none)
     figures = pair_figures(cosines, distances, tested.same, tested.folds)
     if not draws:
-        return Verified(figures, np.empty((0, len(FIGURES))))
+        return Verified(figures, cosines, none)
     weights = draw_weights(tested.folds, draws)
     resampled = resample(cosines, distances, tested.same, tested.folds, weights)
     figures["intervals"] = dict(zip(FIGURES, map(list, interval(resampled)), strict=True))
-    return Verified(figures, resampled)
+    return Verified(figures, cosines, resampled)
 
 
 class Outcome(NamedTuple):
-    """The figures of the set `tested` by `recogniser`, and its `differences` to the first recogniser."""
+    """The figures of the set `tested` by `recogniser`, the `cosines` `(P,)` of its pairs, and the
+    `differences` to the first recogniser.
+    """
 
     tested: str
     recogniser: str
     figures: dict[str, Any]
+    cosines: NDArray[np.floating]
     differences: dict[str, dict[str, Any]]
 
 
 def verify_all(
-    tested: Sequence[PairSet | TemplateSet],
+    tested: Sequence[VerificationSet],
     recognisers: Mapping[str, Embedding],
     committed: Committed = lambda count: None,
     draws: int = 0,
@@ -103,7 +113,7 @@ def verify_all(
             verified = verify(one, how, committed, draws, weigh)
             apart = {} if first is None else differences(verified, first)
             first = first or verified
-            yield Outcome(one.name, name, verified.figures, apart)
+            yield Outcome(one.name, name, verified.figures, verified.cosines, apart)
 
 
 def _told(batches: Batches, committed: Committed) -> Batches:
