@@ -81,7 +81,7 @@ def failed(parts: dict[str, Any]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the chosen parts; write `results/engine-DEVICE.json`."""
+    """Run the chosen parts; write `results/engine-DEVICE-SIZE.json`, of some parts `...-part.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -92,9 +92,12 @@ def main(words: list[str] | None = None) -> int:
     results: dict[str, Any] = {"machine": machine(), "rates": setup.rates, **vars(arguments), "parts": {}}
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in setup.rates.items())
     print(f"1e9 operations or bytes a second: {rates}; load {results['machine']['load_average']}\n{HEADER}")
-    for name in arguments.only:
-        results["parts"][name] = run_part(name, setup)
-        path = write_results(f"engine-{setup.kind}-{setup.size}", results)
+    # the results that are kept are those of the whole
+    whole = not arguments.quick and set(arguments.only) == set(PARTS)
+    name = f"engine-{setup.kind}-{setup.size}" + ("" if whole else "-part")
+    for part in arguments.only:
+        results["parts"][part] = run_part(part, setup)
+        path = write_results(name, results)
     print(f"written to {path}")
     short = failed(results["parts"])
     print(*(f"missed: {what}" for what in short), sep="\n")

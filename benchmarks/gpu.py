@@ -9,6 +9,7 @@ failed, a target was missed, or the time was up before everything was done.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -203,6 +204,10 @@ CHECKS: dict[str, Callable[[Setup], dict[str, Any]]] = {
 }
 # Nobody knows how long these take: they come last, each in a process that ends with the time.
 LATE: dict[str, Callable[[Setup], dict[str, Any]]] = {"suite": suite, "compiling": compiling}
+# What the time is for stands first: right images, then the targets.
+ORDER = ("noise", "precisions", *PARTS, "batches", "memory", "accelerations", "overlap", *LATE)
+# Seconds after its time at which a section that hangs is ended, and with it the rest.
+GRACE = 30
 
 
 def check(name: str, setup: Setup) -> dict[str, Any]:
@@ -257,16 +262,17 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=8.0, help="how long it may take")
-    parser.add_argument("--only", nargs="+", choices=[*CHECKS, *PARTS, *LATE])
+    parser.add_argument("--only", nargs="+", choices=ORDER)
     parser.add_argument("--apart", choices=LATE, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     begun = time.monotonic()
+    faulthandler.dump_traceback_later(60 * arguments.minutes + GRACE, exit=True)
     setup = set_up(arguments.device, arguments.size, arguments.quick)
     results: dict[str, Any] = {"machine": machine(), "rates": setup.rates, "checks": {}, "parts": {}}
     if setup.kind == "cuda":
         results["device"] = torch.cuda.get_device_name(setup.device)
     print(results, HEADER, sep="\n", flush=True)
-    names = [arguments.apart] if arguments.apart else arguments.only or [*CHECKS, *PARTS, *LATE]
+    names = [arguments.apart] if arguments.apart else arguments.only or ORDER
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # batch sizes found here are not the user's
         for name in names:
@@ -274,6 +280,7 @@ def main(words: list[str] | None = None) -> int:
             kind = "parts" if name in PARTS else "checks"
             results[kind][name] = run_section(name, setup, arguments, left)
             arguments.results.write_text(json.dumps(results, indent=2) + "\n")
+    faulthandler.cancel_dump_traceback_later()
     found = results["checks"] | results["parts"]
     short = [name for name, one in results["checks"].items() if not one["ok"]]
     short += failed(results["parts"])

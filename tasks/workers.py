@@ -221,7 +221,8 @@ def no_device_for_faces(device: str) -> str | None:
             f"is to find and embed faces on {device} and has no such GPU. Workers without GPU take this work "
             "where there are any: set faces_device to auto or cpu, or build on workers with GPUs alone."
         )
-    from negfacediff_core.faces.providers import lacking_cuda
+    from negfacediff_core.faces.providers import missing_provider
 
-    lacking = lacking_cuda(device)
-    return None if lacking is None else f"is to find and embed faces on {device}. {lacking}"
+    # not a trial, which would wait for a unit that samples there, and the worker's messages with it
+    lacking = missing_provider()
+    return None if lacking is None else f"is to find and embed faces on {device}: {lacking}."

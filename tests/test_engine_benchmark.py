@@ -90,7 +90,7 @@ PARTS_TRIED = ["evaluations", "decoding", "samplers", "outside"]
 def test_the_benchmark_runs_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     assert engine.main(["--size", "tiny", "--quick", "--only", *PARTS_TRIED]) == 0
-    results = json.loads((tmp_path / "engine-cpu-tiny.json").read_text())
+    results = json.loads((tmp_path / "engine-cpu-tiny-part.json").read_text())
     assert list(results["parts"]) == PARTS_TRIED
     rows = {row["what"]: row for part in results["parts"].values() for row in part["rows"]}
     assert all(row["value"] > 0 for row in rows.values())
@@ -111,7 +111,7 @@ def test_a_part_that_fails_is_told_and_the_others_run(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setitem(engine.PARTS, "unit", broken)
     assert engine.main(["--size", "tiny", "--quick", "--only", "unit", "decoding"]) == 1
-    parts = json.loads((tmp_path / "engine-cpu-tiny.json").read_text())["parts"]
+    parts = json.loads((tmp_path / "engine-cpu-tiny-part.json").read_text())["parts"]
     assert parts["unit"]["error"] == "RuntimeError: no store here" and parts["decoding"]["rows"]
 
 

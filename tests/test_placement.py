@@ -302,15 +302,15 @@ ON_GPU = ExecutionConfig(faces_device="cuda")
 
 def test_a_worker_that_cannot_find_faces_on_its_gpu_is_named(spec, faces, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr(providers, "lacking_cuda", lambda device: f"No onnxruntime for {device}.")
-    with pytest.raises(WorkerError, match=r"there is to find and embed faces on cuda\. No onnx"):
+    monkeypatch.setattr(providers, "missing_provider", lambda: "No onnxruntime for it")
+    with pytest.raises(WorkerError, match=r"there is to find and embed faces on cuda: No onnx"):
         check_workers(elsewhere(), [spec, faces], ON_GPU)
     check_workers(elsewhere(), [spec], ON_GPU)
     check_workers(elsewhere(), [spec, faces], ExecutionConfig(faces_device="cpu"))
 
 
 def test_workers_without_gpu_take_the_faces_and_are_asked_for_it_alone(faces, monkeypatch):
-    monkeypatch.setattr(providers, "lacking_cuda", lambda device: None)
+    monkeypatch.setattr(providers, "missing_provider", lambda: None)
 
     def ask(function, *rest):
         answers = []

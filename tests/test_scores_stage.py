@@ -16,6 +16,7 @@ from negfacediff_core.evaluation.bootstrap import FIGURES
 from negfacediff_core.evaluation.scores import compare
 from negfacediff_core.stages import STAGES, plan_build, run_unit, scores
 from negfacediff_core.stages.evaluation import RATES, THRESHOLDS, difference_intervals, score_panel
+from negfacediff_core.stages.models import scores_device_of
 from negfacediff_core.stages.scores import read_judged, stored_comparisons
 from negfacediff_core.stages.sizes import size_of
 from negfacediff_core.store.layout import Unit
@@ -237,3 +238,10 @@ def test_differences_of_runs_are_paired(tiny_build, store, protocol, monkeypatch
     other = replace(none, config={**none.config, "seed": 5})
     with pytest.raises(StoreError, match="same protocol, identities"):
         difference_intervals(far, other)
+
+
+@pytest.mark.parametrize("gpus, device", [(0, "cpu"), (1, "cuda")])
+def test_a_worker_without_gpu_scores_on_its_cpu_what_was_sampled_on_a_gpu(gpus, device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpus))
+    assert scores_device_of("cuda") == scores_device_of("auto") == device
+    assert scores_device_of("cpu") == "cpu"

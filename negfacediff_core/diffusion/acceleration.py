@@ -120,7 +120,7 @@ class GraphedNetwork:
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # both say which GPU it is; without, it would be the first one
-        with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.device_of(x), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
             eps = self.eager.evaluate(x, steering, own)
         eps.fill_(torch.nan)  # a replay that writes nothing must not pass for one
         return _Graph(graph, x, steering, own, eps, weakref.ref(context))

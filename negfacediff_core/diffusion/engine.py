@@ -1,6 +1,7 @@
 """From identity contexts to images: batching, precision, and what is computed once, not every step."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ class Samples(NamedTuple):
 class SamplingEngine:
     """A generator made ready to sample on the device that it was loaded onto.
 
-    Noise depends on (seed, identity, replicate, step) alone, and every batch is filled up to the same shape:
-    images are the same, bit for bit on a CPU, whoever shares their batch. Another batch size changes them by
-    rounding alone. Where CUDA runs out of memory, the batch is halved and the engine goes on.
+    Noise depends on (seed, identity, replicate, step) alone, and every batch of a call is filled up to one
+    shape: images are the same, bit for bit on a CPU, whoever else is in a call of so many. Another batch size
+    changes them by rounding alone. Where CUDA runs out of memory, the batch is halved and the engine goes on.
 
     `batch_size` 0 is the device's default on a CPU, and on a GPU the largest that fits, found in the first
     call; the attribute of that name then tells it. `precision` is a row of `PRECISIONS`, `acceleration` one
@@ -106,14 +107,15 @@ class SamplingEngine:
         self.unet = unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.decoder = generator.decoder.in_precision(self.dtype)
         ways = choose(acceleration, self.device)
+        self._searched = 0.0
         self.network = Accelerated(self.unet, ways, PRECISIONS[precision].tolerance)
         #: Held while a GPU samples: graphs, and the number format of products, are the device's.
         self.turn = turn_of(self.device)
 
     @property
     def warm_up(self) -> float:
-        """Seconds spent on captures and compilations so far, within the calls of `sample`."""
-        return self.network.warm_up
+        """Seconds that calls of `sample` spent on captures, compilations and the search for a batch size."""
+        return self.network.warm_up + self._searched
 
     def needs(self, negatives: int) -> str:
         """What decides how many images a device holds, for a batch size to be remembered by.
@@ -158,7 +160,9 @@ class SamplingEngine:
 
         with self.turn, products_in(self.precision, self.device):
             if not self.batch_size:
+                begun = time.perf_counter()
                 self.batch_size = largest_batch(lambda size: self._try(rows, size), self.device)
+                self._searched += time.perf_counter() - begun
             self._in_batches(rows, seed, keep)
         return result
 
@@ -219,9 +223,13 @@ class SamplingEngine:
         start = noise(schedule.T)
         return sampler.sample(eps_model, start, schedule, noise, callback=_between_steps, **options)
 
-    def _eps_model(self, rows: Rows, network: Network) -> EpsModel:
-        """Project each row's context, and what it is guided away from; every distinct vector once."""
+    def _eps_model(self, rows: Rows, network: Network, always: bool = False) -> EpsModel:
+        """Project each row's context, and what it is guided away from; every distinct vector once.
+
+        With `always` all terms have a weight at each timestep.
+        """
         settings, T, count = self.settings, self.generator.schedule.T, len(rows.identities)
+        curve, interval = (WEIGHTS["constant"], (0.0, 1.0)) if always else (self.curve, settings.interval)
         if rows.contexts is None:
             return guided(network, self.unet.project_empty(count))
         vectors = rows.contexts[:, None]
@@ -233,11 +241,11 @@ class SamplingEngine:
         context, *negatives = (projected.take(column) for column in where.unbind(dim=1))
         terms = []
         if negatives and rows.shares is not None:
-            weight = weight_over_time(settings.w, T, self.curve, settings.interval)
+            weight = weight_over_time(settings.w, T, curve, interval)
             shares = to_device(rows.shares, self.device).unbind(dim=1)
             terms = [Term(away, weight, share) for away, share in zip(negatives, shares, strict=True)]
         if settings.cfg != 0.0:
-            weight = weight_over_time(settings.cfg, T, interval=settings.interval)
+            weight = weight_over_time(settings.cfg, T, interval=interval)
             all_of_it = torch.ones(count, device=self.device)
             terms.append(Term(self.unet.project_empty(count), weight, all_of_it))
         return guided(network, context, terms)
@@ -252,9 +260,8 @@ class SamplingEngine:
     def _try(self, rows: Rows, size: int) -> None:
         """Do what takes the most memory of a batch: one evaluation with all terms, and a decoding."""
         x = torch.zeros(size, *self.generator.latent_shape, device=self.device)
-        guided_at = sum(self.settings.interval) / 2
-        eps_model = self._eps_model(rows.filled(0, size), self.network.eager)
-        eps_model(x, int(guided_at * (self.generator.schedule.T - 1)))
+        eps_model = self._eps_model(rows.filled(0, size), self.network.eager, always=True)
+        eps_model(x, self.generator.schedule.T - 1)
         self.decoder(x[: DECODED_AT_ONCE[self.device.type]])
 
 

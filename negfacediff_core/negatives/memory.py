@@ -10,7 +10,7 @@ MEMORY = 512 * 2**20
 
 # The blocks at full size: wide enough for a matrix product at its full rate, small enough that several
 # workers share a machine.
-_ROWS, _POOL, _PAIRS = 1024, 8192, 2**22
+_ROWS, _POOL, _PAIRS = 1024, 8192, 2**21
 _EXAMINED, _SCORED = 2**18, 2**15
 # What Python and its libraries allocate around the arrays, whatever their size.
 _OVERHEAD = 2**16
@@ -63,10 +63,10 @@ def _blocks(rows: int, pool: int, width: int, count: int, halvings: int) -> Bloc
         rows * (28 * count + 96),  # results, identity numbers
         (2 * 4 + 6) * chunk * width,  # contexts, as read and as multiplied, and in bfloat16
         (2 * 4 + 6) * block * width,  # a block of the pool, likewise
-        6 * chunk * block,  # similarities, in both precisions
+        9 * chunk * block,  # similarities, in both precisions, or of a sample and partly sorted
         chunk * (64 * count + 128),  # the best so far
         examined * (112 * block + 112 * count),  # candidates of a block, and their ranking
         24 * scored * width,  # float64 products
-        48 * pairs + 24 * pool,  # candidates of the rule mid, and the ranking of one row
+        88 * pairs + 24 * pool,  # candidates of the rule mid, and the ranking of one row
     )
     return Blocks(chunk, block, examined, scored, pairs, sum(parts) + _OVERHEAD)

@@ -1,9 +1,9 @@
-"""Exact ranks of cosine in a pool that is read in blocks, by one product with all of it.
+"""Exact ranks of cosine in a pool that is read in blocks, as a rule by one product with all of it.
 
 A sample of the pool tells between which similarities the wanted ranks probably lie. A pass over the pool
 collects what lies there and counts what lies below, which shows whether they do. Of what was collected, the
-few rows within rounding of the wanted ranks are scored in float64. Where the sample misled, as it may in a
-pool of many equal vectors, the search is made again with everything collected.
+few rows within rounding of the wanted ranks are read once more and scored in float64. Where the sample
+misled, as it may in a pool of many equal vectors, the search is made again with everything collected.
 """
 
 import math
@@ -55,36 +55,45 @@ def _bracketed(
     """Similarities (low, high) `(N,)` between which the wanted ranks probably lie, and how many rows of the
     pool lie there at most, as probably.
 
-    The rank of what stands at rank r of M has the standard deviation sqrt(q (1 - q) s) in a sample of s, with
-    q = r / M; between two ranks of the sample that are d apart lie M / s (d +- sqrt(d)) rows of the pool.
+    What stands at rank r of M has in a sample of s a rank of standard deviation sqrt(q (1 - q) s), q = r / M,
+    where the rows are drawn independently. Slices are not, where neighbours in the pool are alike: then the
+    shares of the slices that lie below differ by more, which is measured. Between two ranks of the sample
+    that are d apart lie M / s (d +- sqrt(d)) rows of the pool.
     """
-    size = min(search.size // _SHARE, search.blocks.pool)
+    similarities = _to_slices(search, contexts)
+    slices, each = similarities.shape[1:]
+    size = slices * each
     shares = np.array([first.min(), first.max() + search.count]) / search.size
     reach = _DEVIATIONS * np.sqrt(shares * (1 - shares).clip(0) * size) + _MOVED
-    below, above = math.floor(size * shares[0] - reach[0]), math.ceil(size * shares[1] + reach[1])
     low, high = np.full((2, len(contexts)), _BEYOND)
     low *= -1
+    flat = similarities.reshape(len(contexts), size)
+    if 0 < (middle := int(shares.mean() * size)) < size:
+        about = np.partition(flat, middle, axis=1)[:, middle]
+        apart = (similarities < about[:, None, None]).mean(axis=2).std(axis=1).max()
+        reach = np.maximum(reach, _DEVIATIONS * size * apart / math.sqrt(slices) + _MOVED)
+    below, above = math.floor(size * shares[0] - reach[0]), math.ceil(size * shares[1] + reach[1])
     if below < 0 and above >= size:
         return low, high, search.size
-    similarities = _to_sample(search, contexts, size)
     if below >= 0:
-        similarities.partition(below, axis=1)
-        low = similarities[:, below].copy()
+        flat.partition(below, axis=1)
+        low = flat[:, below].copy()
     if above < size:
-        similarities.partition(above, axis=1)
-        high = similarities[:, above].copy()
-    apart = min(above, size) - max(below, 0)
-    room = search.size / size * (apart + _DEVIATIONS * math.sqrt(apart))
+        flat.partition(above, axis=1)
+        high = flat[:, above].copy()
+    between = min(above, size) - max(below, 0)
+    room = search.size / size * (between + _DEVIATIONS * math.sqrt(between))
     return low, high, min(math.ceil(room), search.size)
 
 
-def _to_sample(search: Search, contexts: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Similarities `(N, size)` to rows from all over the pool."""
-    edges = np.linspace(0, size, min(_SLICES, size) + 1).astype(int)
-    starts = np.linspace(0, search.size, len(edges))[:-1].astype(int)
-    slices = [search.pool[start : start + rows] for start, rows in zip(starts, np.diff(edges), strict=True)]
-    sample = torch.from_numpy(np.concatenate(slices, dtype=np.float32))
-    return torch.mm(torch.from_numpy(contexts), sample.T).numpy()
+def _to_slices(search: Search, contexts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Similarities `(N, slices, rows of each)` to slices of the pool that lie all over it."""
+    size = max(1, min(search.size // _SHARE, search.blocks.pool))
+    each = max(1, size // _SLICES)
+    starts = np.linspace(0, search.size - each, size // each).astype(int)
+    sample = np.concatenate([search.pool[start : start + each] for start in starts], dtype=np.float32)
+    similarities = torch.mm(torch.from_numpy(contexts), torch.from_numpy(sample).T)
+    return similarities.numpy().reshape(len(contexts), len(starts), each)
 
 
 class _Collected:
@@ -97,11 +106,11 @@ class _Collected:
         self.index = np.empty((len(low), room), np.int64)
         self.similarity = np.empty((len(low), room), np.float32)
 
-    def add(self, rows: slice, start: int, similarities: NDArray[np.float32]) -> None:
-        """Count what lies below and take what lies between, of `rows` and the pool from `start`; what there
-        is no room for is counted alone.
+    def add(self, start: int, similarities: NDArray[np.float32]) -> None:
+        """Count what lies below and take what lies between, of the pool from `start`; what there is no room
+        for is counted alone.
         """
-        for row, values in enumerate(similarities, start=rows.start):
+        for row, values in enumerate(similarities):
             below = values < self.low[row]
             self.below[row] += np.count_nonzero(below)
             (column,) = ((values <= self.high[row]) ^ below).nonzero()
@@ -139,8 +148,7 @@ def _search(
     """Write what is found for `rows` of the contexts; return the places in `rows` of those that are not."""
     contexts, identities = search.contexts[rows], search.identities[rows]
     for start, _, similarities, _ in similarities_to(search, contexts, identities, own=np.inf):
-        for some in chunks(len(rows), search.blocks.examined):
-            collected.add(some, start, similarities[some])
+        collected.add(start, similarities)
     error = rounding(contexts.shape[1])
     narrowed = [
         collected.narrow(place, int(first[row]), search.count, error) for place, row in enumerate(rows)

@@ -33,7 +33,7 @@ from negfacediff_core.evaluation.plots import ScorePanel, det_curves, score_hist
 from negfacediff_core.evaluation.scores import PAPER_IDENTITIES, Comparisons, compare
 from negfacediff_core.evaluation.sheets import SheetPanel, contact_sheet
 from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, dataset_figures
-from negfacediff_core.stages.models import describe_device, device_of
+from negfacediff_core.stages.models import describe_device, scores_device_of, scoring_on
 from negfacediff_core.stages.negatives import stored_negatives
 from negfacediff_core.stages.samples import sampler_settings
 from negfacediff_core.stages.scores import read_judged, stored_comparisons
@@ -76,7 +76,7 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Compute and draw everything."""
     started, begun = time.time(), time.perf_counter()
-    device = device_of(execution.device)
+    device = scores_device_of(execution.device)
     comparisons = _compare(spec, device)
     figures = _figures(comparisons)
     seconds = {"score": time.perf_counter() - begun}
@@ -185,7 +185,8 @@ def _compare(spec: StageSpec, device: str) -> Comparisons:
     # the paper's protocol takes no identity beyond these
     count = min(settings["identities"], PAPER_IDENTITIES) if settings["protocol"] == "paper" else None
     judged = read_judged(spec.input("embeddings"), _extent(spec), np.arange(count or settings["identities"]))
-    return compare(*judged, settings["protocol"], settings["seed"], device=device)
+    with scoring_on(device):
+        return compare(*judged, settings["protocol"], settings["seed"], device=device)
 
 
 def _comparable(comparisons: Comparisons) -> bool:

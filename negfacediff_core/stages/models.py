@@ -13,6 +13,7 @@ import torch
 import negfacediff_core
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.checkpoint import Generator, load_generator, weight_files
+from negfacediff_core.diffusion.precision import products_in
 from negfacediff_core.diffusion.release_config import read_config
 from negfacediff_core.errors import ContextsError, WeightsError
 from negfacediff_core.faces.detect import Detector, load_detector
@@ -20,6 +21,7 @@ from negfacediff_core.faces.embed import Embedder, load_embedder
 from negfacediff_core.faces.packs import Task, find_network
 from negfacediff_core.faces.providers import lacking_cuda
 from negfacediff_core.faces.quality import FaceScorer, load_attributes, load_quality
+from negfacediff_core.gpu_turns import turn_of
 from negfacediff_core.store.layout import Weight
 
 logger = logging.getLogger(__name__)
@@ -196,6 +198,21 @@ def device_of(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def scores_device_of(device: str) -> str:
+    """Return the device that scores are made on: the asked one, or the CPU where there is no GPU.
+
+    Scores are the same on both within rounding, and a cluster's workers without GPU make them, too.
+    """
+    return device_of(device) if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def scoring_on(device: str) -> Iterator[None]:
+    """Hold the turn of a GPU, which multiplies float32 exactly meanwhile, whatever is sampled beside it."""
+    with turn_of(device), products_in("fp32", torch.device(device)):
+        yield
 
 
 def faces_device_of(execution: ExecutionConfig) -> str:

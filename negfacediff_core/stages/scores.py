@@ -30,7 +30,7 @@ from negfacediff_core.evaluation.bands import (
 )
 from negfacediff_core.evaluation.distributions import Comparisons
 from negfacediff_core.evaluation.scores import EXACT_IMAGES
-from negfacediff_core.stages.models import describe_device, device_of
+from negfacediff_core.stages.models import describe_device, scores_device_of, scoring_on
 from negfacediff_core.store.layout import Grid, StageSpec, Unit
 from negfacediff_core.store.records import Record
 from negfacediff_core.store.shards import commit, read_arrays, read_file, read_rows
@@ -71,7 +71,7 @@ def plan(build: BuildConfig, store: str, upstream: Mapping[str, StageSpec]) -> S
 def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
     """Compare a band with some of itself and the half of the others that follows it."""
     started, begun = time.time(), time.perf_counter()
-    device = device_of(execution.device)
+    device = scores_device_of(execution.device)
     embeddings, extent, bands = spec.input("embeddings"), _extent(spec), _bands(spec)
     band = unit.identity_block
     own = list(judged(embeddings, extent, np.array(bands[band])))
@@ -85,7 +85,8 @@ def run_unit(spec: StageSpec, unit: Unit, execution: ExecutionConfig) -> Record:
         if other != band
         for block in judged(embeddings, extent, np.array(bands[other]))
     )
-    scores = score_band(_together(own), _pieces(others), inside=band in compared, device=device)
+    with scoring_on(device):
+        scores = score_band(_together(own), _pieces(others), inside=band in compared, device=device)
     seconds["score"] = time.perf_counter() - begun
     return commit(
         spec,
