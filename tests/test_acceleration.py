@@ -166,8 +166,8 @@ def graphed(unet, monkeypatch):
         return out
 
     @contextmanager
-    def capture(graph, pool, stream):
-        assert isinstance(stream, Stream)
+    def capture(graph, pool, stream, capture_error_mode):
+        assert isinstance(stream, Stream) and capture_error_mode == "thread_local"
         yield
         graph.evaluate, (graph.given, graph.out) = unet, last
         Replaying.captures += 1

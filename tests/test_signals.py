@@ -38,7 +38,8 @@ def test_a_second_signal_takes_effect_at_once(heard):
     assert heard == [signal.SIGINT, signal.SIGTERM]
 
 
-def test_work_that_ends_by_an_error_gives_way_to_the_signal():
+def test_work_that_ends_by_an_error_gives_way_to_the_signal(heard):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), kept_signals() as came:
         signal.raise_signal(signal.SIGINT)
         if came():

@@ -199,7 +199,7 @@ def test_differences_are_paired():
     weights = draw_weights(folds, draws=200)
     slightly = cosines + np.random.default_rng(9).normal(0, 0.005, len(cosines))
     one, other = (
-        Verified(pair_figures(c, 2 - 2 * c, same, folds), resample(c, 2 - 2 * c, same, folds, weights))
+        Verified(pair_figures(c, 2 - 2 * c, same, folds), c, resample(c, 2 - 2 * c, same, folds, weights))
         for c in (slightly, cosines)
     )
     found = differences(one, other)
@@ -210,4 +210,4 @@ def test_differences_are_paired():
     assert found["accuracy"]["difference"] == one.figures["accuracy"] - other.figures["accuracy"]
     same_again = differences(one, one)
     assert all(value == 0 for row in same_again.values() for value in row.values())
-    assert differences(Verified(one.figures, np.empty((0, 3))), other) == {}
+    assert differences(Verified(one.figures, one.cosines, np.empty((0, 3))), other) == {}

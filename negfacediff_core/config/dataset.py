@@ -165,7 +165,7 @@ class SamplesConfig(Model):
     spacing: Spacing = Field(
         default=Spacing.karras,
         description="Where dpm_solver spends its steps: karras, or evenly in the log of the signal-to-noise "
-        "ratio (log_snr) or in time.",
+        "ratio (log_snr), as good, or in time, which loses faces.",
     )
     precision: Precision = Field(
         default=Precision.fp32,

@@ -31,6 +31,8 @@ ACCELERATIONS: dict[str, tuple[str, ...]] = {
 
 # Evaluations before a capture: libraries choose their kernels and allocate in the first ones.
 _REHEARSALS = 3
+# What other threads allocate meanwhile, as for networks that they load, leaves a capture alone.
+_OWN_THREAD = "thread_local"
 # Shapes whose graphs are kept; each has contexts and maps of its own.
 _MOST_GRAPHS = 4
 
@@ -120,7 +122,8 @@ class GraphedNetwork:
         torch.cuda.current_stream(x.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # both say which GPU it is; without, it would be the first one
-        with torch.cuda.device_of(x), torch.cuda.graph(graph, self._pool, stream, "thread_local"):
+        capturing = torch.cuda.graph(graph, self._pool, stream, capture_error_mode=_OWN_THREAD)
+        with torch.cuda.device_of(x), capturing:
             eps = self.eager.evaluate(x, steering, own)
         eps.fill_(torch.nan)  # a replay that writes nothing must not pass for one
         return _Graph(graph, x, steering, own, eps, weakref.ref(context))
