@@ -72,6 +72,7 @@ def test_seeds_and_fields_reach_the_builds(tiny_sweep):
 
 
 @pytest.mark.usefixtures("prefect_server")
+@pytest.mark.slow
 def test_a_sweep_that_stops_leaves_what_is_done_and_goes_on(tiny_sweep, tmp_path, monkeypatch):
     described, out = load_sweep(str(tiny_sweep)), tmp_path / "out"
     real, made = sweep_module.build_dataset, []
