@@ -227,7 +227,14 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(generator, rows, mon
         engine.sample(*rows, seed=9)
 
 
-def test_where_no_batch_size_is_known_the_largest_that_fits_is_found_once(generator, rows, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight": "piecewise", "curve": "0:1 0.4:1 0.4:0 1:0"}, {"interval": (0.0, 0.2)}],
+    ids=["constant", "no weight in the middle", "early"],
+)
+def test_where_no_batch_size_is_known_the_largest_that_fits_is_found_once(
+    generator, rows, settings, monkeypatch
+):
     evaluated, found = [], []
 
     def searched(try_it, device):
@@ -241,10 +248,11 @@ def test_where_no_batch_size_is_known_the_largest_that_fits_is_found_once(genera
         return 3
 
     monkeypatch.setattr(engine_module, "largest_batch", searched)
-    engine = SamplingEngine(generator, SETTINGS)
+    engine = SamplingEngine(generator, replace(SETTINGS, **settings))
     engine.batch_size = 0  # as on a GPU
     first, second = (engine.sample(*rows, seed=9).images for _ in range(2))
     assert evaluated == [6, 27] and found == [engine.device] and engine.batch_size == 3
+    assert engine.warm_up > 0, "the search is no sampling"
     assert np.array_equal(first, second)
 
 

@@ -37,11 +37,11 @@ def at_ranks(search: Search, first: NDArray[np.int64]) -> Found:
     found = nothing_found(search)
     for rows in chunks(len(search.contexts), search.blocks.rows):
         low, high, room = _bracketed(search, search.contexts[rows], first[rows])
-        misled = [
-            numbers[_search(search, numbers, first, _Collected(low[part], high[part], room), found)]
-            for part in chunks(len(low), max(1, search.blocks.pairs // room))
-            for numbers in [np.arange(rows.start, rows.stop)[part]]
-        ]
+        numbers = np.arange(rows.start, rows.stop)
+        misled = []
+        for part in chunks(len(numbers), search.blocks.pairs // room):
+            collected = _Collected(low[part], high[part], room)
+            misled.append(numbers[part][_search(search, numbers[part], first, collected, found)])
         again = np.concatenate(misled)
         for part in chunks(len(again), search.blocks.pairs // search.size):
             ends = np.full(len(again[part]), _BEYOND)

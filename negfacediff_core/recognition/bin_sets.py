@@ -125,8 +125,7 @@ def read_bin(path: Path, name: str, detector: Detector | None = None) -> PairSet
     """Read a `.bin` set: pair i is images 2i and 2i + 1. Crops that are equal byte by byte are kept once.
 
     The folds are ten stretches of the list, as everywhere in the field; for the detector see `encoded_crops`.
-    Raises NegFaceDiffError, naming the
-    file, where it is no such set; nothing in it is ever run.
+    Raises NegFaceDiffError, naming the file, where it is no such set; nothing in it is ever run.
     """
     images, same = _content(path)
     first_place: dict[bytes, int] = {}
