@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/export.py
 
 An export reads the store, chooses, encodes, writes, and reads everything back for its checksums; the plain
-form encodes images that are in memory already, with the same encoder. The target is 70% of its rate.
+form encodes images that are in memory already, with Pillow. The target is 70% of its rate. The floor is the
+same with the export's own encoder, which for JPEG is another than Pillow's.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from PIL import Image
 from flows.export import checked_files, write_pieces
 from negfacediff_core.export.draft import draft
 from negfacediff_core.export.formats import FORMATS
-from negfacediff_core.export.images import PNG_LEVEL
+from negfacediff_core.export.images import ENCODERS, PNG_LEVEL
 from negfacediff_core.export.selection import select
 from negfacediff_core.export.settings import ExportConfig
 from negfacediff_core.stages import aligned, embeddings, samples
@@ -95,6 +96,11 @@ def encode(images: NDArray[np.uint8], encoding: str) -> int:
     return size
 
 
+def encode_as_here(images: NDArray[np.uint8], encoding: str) -> int:
+    """The same with the encoder of the export."""
+    return sum(len(ENCODERS[encoding](image, 95)) for image in images)
+
+
 def encode_blocks(encoding: str, blocks: int) -> None:
     """The plain form on one core, as often as a process is asked to."""
     images = faces(BLOCK * IMAGES)
@@ -123,21 +129,23 @@ def main() -> int:
         stages = make_store(Path(folder) / "store", asked.identities)
         count, blocks = asked.identities * IMAGES, asked.identities // BLOCK
         print(f"{count:,} images, load average {results['machine']['load_average']}; processor time an image")
-        print("encoding  format          plain     here  rate of plain")
+        print("encoding  format          plain    floor     here  rate of plain")
+        images = faces(BLOCK * IMAGES)
         for encoding in ENCODED:
-            plain = best_seconds(partial(encode, faces(BLOCK * IMAGES), encoding)) / (BLOCK * IMAGES)
+            plain = best_seconds(partial(encode, images, encoding)) / len(images)
+            floor = best_seconds(partial(encode_as_here, images, encoding)) / len(images)
             for form in FORMATS:
                 settings = ExportConfig(format=form, encoding=encoding)
                 out = Path(folder) / f"{encoding}-{form}"
                 here = best_seconds(partial(export, stages, settings, out, 1), 1) / count
                 met = plain / here >= TARGET
                 missed += not met
-                row = {"encoding": encoding, "format": form, "plain_us": 1e6 * plain, "here_us": 1e6 * here}
+                times = {"plain_us": 1e6 * plain, "floor_us": 1e6 * floor, "here_us": 1e6 * here}
+                row = {"encoding": encoding, "format": form, **times}
                 results["rows"].append({**row, "ratio": plain / here, "target": TARGET})
-                print(
-                    f"{encoding:<9} {form:<12} {1e6 * plain:>6.0f} us {1e6 * here:>6.0f} us "
-                    f"{plain / here:>6.0%} ({'met' if met else 'MISSED'})"
-                )
+                shown = " ".join(f"{value:>6.0f} us" for value in times.values())
+                verdict = "met" if met else "MISSED"
+                print(f"{encoding:<9} {form:<12} {shown} {plain / here:>6.0%} ({verdict})")
             if asked.clock:
                 results["clock"].append(by_the_clock(stages, encoding, Path(folder), cores, blocks))
     print(f"{missed or 'no'} targets missed; written to {write_results('export', results)}")

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.align import similarity_transform, warp
 from negfacediff_core.faces.detect import Detector, main_face
+from negfacediff_core.recognition.pixels import decode_rgb
 
 #: An encoded image (JPEG, PNG, ...): its bytes, or its file.
 Encoded = bytes | Path
@@ -123,9 +124,10 @@ def decode(image: Encoded, name: str, where: str, upright: bool = False) -> NDAr
     `upright` turns it as EXIF says, as photographs need. Raises NegFaceDiffError.
     """
     try:
+        if not upright:
+            return decode_rgb(image if isinstance(image, bytes) else image.read_bytes())
         with Image.open(_file(image)) as opened:
-            turned = ImageOps.exif_transpose(opened) if upright else opened
-            return np.array(turned.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
     except Exception as error:  # as above
         raise _unreadable(name, where, error) from error
 

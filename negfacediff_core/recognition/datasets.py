@@ -1,7 +1,6 @@
 """Training sets: aligned 112x112 crops with identities, wherever they lie, read by number in any order."""
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from negfacediff_core.errors import ConfigError, DamagedError
 from negfacediff_core.export.filter import read_filter
 from negfacediff_core.recognition.backbones import INPUT_SIZE
+from negfacediff_core.recognition.pixels import decode_rgb
 
 CROP = (INPUT_SIZE, INPUT_SIZE, 3)
 Progress = Callable[[int, int], None]  # done, total
@@ -79,8 +78,7 @@ class TrainingSet:
 def decode(content: bytes, name: str) -> NDArray[np.uint8]:
     """Decode a crop; DamagedError, with its `name`, if that is no image, ConfigError for another size."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = decode_rgb(content)
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise for damaged files
         raise DamagedError(f"{name} is no image that can be read: {error}.") from error
     if pixels.shape != CROP:
