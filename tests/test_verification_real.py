@@ -9,12 +9,13 @@ from PIL import Image
 from test_verification import field_accuracy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from real_faces import PACKS, orl_folder
+from real_faces import PACKS
 from verification import write_orl
 
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.recognition.embedding import Embedding
 from negfacediff_core.recognition.pairs import read_pairs
+from negfacediff_core.recognition.people import orl_folder
 from negfacediff_core.recognition.verify import verify
 
 pytestmark = [
