@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -14,15 +14,17 @@ from rich.console import Console
 from flows.artifacts import key_of, progress_artifacts
 from flows.progress import Meter, show_progress
 from flows.results import json_bytes
-from flows.words import count_text
+from flows.verified_before import RESULTS, settings_of, take_over
+from flows.words import count_text, names_text
 from negfacediff_core.errors import ConfigError
-from negfacediff_core.faces.detect import load_detector
+from negfacediff_core.faces.detect import Detector, load_detector
 from negfacediff_core.faces.embed import Embedder
 from negfacediff_core.recognition.embedding import Embedding, check_size
 from negfacediff_core.recognition.frcsyn import (
     check_datasets,
     choose_threshold,
     score_file,
+    score_path,
     systems,
     threshold_pairs,
 )
@@ -36,8 +38,20 @@ from negfacediff_core.store.location import Location, locate
 from tasks.machine import usable_cores
 
 STAGE = "verify"
-#: Below the folder of the tables, the score files of FRCSyn.
-FRCSYN = "frcsyn"
+
+
+class Opened(NamedTuple):
+    """What a verification works on; `training` are the pairs that FRCSyn's threshold is chosen on."""
+
+    tested: list[VerificationSet]
+    embedders: dict[str, Embedder]
+    training: PairSet | None
+    detector: Detector | None
+
+    @property
+    def all_sets(self) -> list[VerificationSet]:
+        """The sets, and the pairs of the threshold."""
+        return [*self.tested, *([] if self.training is None else [self.training])]
 
 
 @flow(name="verify-recogniser", flow_run_name="verify {out}")
@@ -58,11 +72,13 @@ def verify_recogniser(
     """Verify recognisers on sets of pairs (ten-fold accuracy) and of templates (TAR at FAR).
 
     Everything but the images' pixels is checked before anything is embedded. The tables are written to `out`
-    as they grow. Returns what `results.json` there holds.
+    as they grow; a set whose figures lie there, of the same settings, is not verified again. Returns what
+    `results.json` there holds.
 
     Args:
         recognisers: Paths of recognisers (pack folder, .onnx, or weights of an iResNet); after a path,
-            divided by commas, name=..., colour=BGR, pixels=0..1. Others are compared with the first.
+            divided by commas, name=..., colour=BGR, pixels=0..1, torchscript=yes (its code runs). Others are
+            compared with the first.
         sets: Paths of verification sets (.bin, pair list, IJB-C's folder, or a folder of .bin sets); after a
             path, divided by commas, name=..., images=FOLDER.
         out: Folder or fsspec URL for the tables and figures.
@@ -79,49 +95,61 @@ def verify_recogniser(
             as well, with decisions by the threshold that judges these pairs best. Of two recognisers the
             first is the baseline. Empty: no score files.
     """
-    opened = open_all(recognisers, sets, device, detector, detector_size, frcsyn)
+    opened = open_once(tuple(recognisers), tuple(sets), device, detector, detector_size, frcsyn)
+    open_once.cache_clear()  # whoever verifies next in this process opens what is there then
     tested, embedders = opened.tested, opened.embedders
     folder = locate(out)
     folder.check_writable()  # makes it where it is not there
+    how = {"flip": flip, "detector_scores": detector_scores, "draws": draws}
     results: dict[str, Any] = {
         "recognisers": [_about(name, embedder) for name, embedder in embedders.items()],
         "sets": {one.name: _describe(one) for one in tested},
-        "flip": flip,
-        "detector_scores": detector_scores,
-        "draws": draws,
+        **how,
         "figures": {name: {} for name in embedders},
         "differences": {},
         "faceless": {},
+        "settings": settings_of(embedders, how, opened.detector, opened.training),
+        "done": {},
     }
-    side_by_side = threads or usable_cores()
-    how = {name: Embedding(one, flip, batch, side_by_side) for name, one in embedders.items()}
-    title = f"Verifying {count_text(len(how), 'recogniser')} on {count_text(len(tested), 'set')}"
-    images = len(how) * sum(len(one.crops) for one in opened.all_sets)
-    with _one_thread_a_network(), _shown(title, images) as committed:
-        if opened.training is not None:
-            results["frcsyn"] = _frcsyn(opened.training, how, committed)
-        for outcome in verify_all(tested, how, committed, draws, detector_scores):
-            _note(outcome, results)
-            results["faceless"] = _faceless(opened.all_sets)
-            if opened.training is not None:
-                _write_scores(folder, outcome, results["frcsyn"])
-            _write(folder, results)
-    text = f"{markdown(results)}\nFigures: `{folder.url}/results.json`"
+    take_over(folder, results, tested)
+    if results["done"]:
+        taken = names_text(list(results["done"]))
+        print(f"From {folder.url}/{RESULTS}, as nothing they depend on has changed: {taken}")
+    _verify(opened, results, folder, batch, threads or usable_cores())
+    title = _title(opened)
+    text = f"{markdown(results)}\nFigures: `{folder.url}/{RESULTS}`"
     create_markdown_artifact(text, key_of("verify-recogniser"), title)
     return results
 
 
-class Opened(NamedTuple):
-    """What a verification works on; `training` are the pairs that FRCSyn's threshold is chosen on."""
+def _verify(opened: Opened, results: dict[str, Any], folder: Location, batch: int, threads: int) -> None:
+    """Add to the results, and write, what they lack."""
+    draws, weigh, flip = (results[key] for key in ("draws", "detector_scores", "flip"))
+    how = {name: Embedding(one, flip, batch, threads) for name, one in opened.embedders.items()}
+    left = [one for one in opened.tested if one.name not in results["done"]]
+    digests = {one.name: one.digest for one in left}
+    training = opened.training if "frcsyn" not in results else None
+    images, ahead = (
+        len(how) * sum(len(one.crops) for one in sets)
+        for sets in (opened.all_sets, [*left, *([] if training is None else [training])])
+    )
+    with _one_thread_a_network(), _shown(_title(opened), images, images - ahead) as committed:
+        if training is not None:
+            results["frcsyn"] = _frcsyn(training, how, committed)
+        for outcome in verify_all(left, how, committed, draws, weigh):
+            _note(outcome, results)
+            results["faceless"] |= _faceless(opened.all_sets)
+            if "frcsyn" in results:
+                _write_scores(folder, outcome, results["frcsyn"])
+            if outcome.recogniser == list(how)[-1] and digests[outcome.tested]:
+                results["done"][outcome.tested] = digests[outcome.tested]
+            _write(folder, results)
+    _write(folder, results)
 
-    tested: list[VerificationSet]
-    embedders: dict[str, Embedder]
-    training: PairSet | None
 
-    @property
-    def all_sets(self) -> list[VerificationSet]:
-        """The sets, and the pairs of the threshold."""
-        return [*self.tested, *([] if self.training is None else [self.training])]
+def _title(opened: Opened) -> str:
+    recognisers, sets = count_text(len(opened.embedders), "recogniser"), count_text(len(opened.tested), "set")
+    return f"Verifying {recognisers} on {sets}"
 
 
 def open_all(
@@ -135,7 +163,7 @@ def open_all(
     finder = load_detector(detector, detector_size) if detector else None
     tested, embedders = open_sets(sets, finder), open_recognisers(recognisers, device)
     training = threshold_pairs(open_sets([frcsyn], finder)) if frcsyn else None
-    opened = Opened(tested, embedders, training)
+    opened = Opened(tested, embedders, training, finder)
     if not tested:
         raise ConfigError("no verification set is given: name a .bin, a pair list, or a folder")
     if training is not None:
@@ -150,6 +178,19 @@ def open_all(
         for embedder in embedders.values():
             check_size(one.crops, embedder, one.name)
     return opened
+
+
+@lru_cache(maxsize=1)
+def open_once(
+    recognisers: tuple[str, ...],
+    sets: tuple[str, ...],
+    device: str,
+    detector: str,
+    detector_size: int,
+    frcsyn: str,
+) -> Opened:
+    """As `open_all`; the flow takes what the command of the same process has opened to check it."""
+    return open_all(list(recognisers), list(sets), device, detector, detector_size, frcsyn)
 
 
 def _frcsyn(
@@ -183,13 +224,16 @@ def _faceless(sets: Sequence[VerificationSet]) -> dict[str, Any]:
 def _write_scores(folder: Location, outcome: Outcome, frcsyn: Mapping[str, Any]) -> None:
     system, threshold = (frcsyn[key][outcome.recogniser] for key in ("systems", "thresholds"))
     content = score_file(outcome.cosines, threshold)
-    folder.write_atomic(f"{FRCSYN}/{outcome.tested}/{system}.txt", content)
+    folder.write_atomic(score_path(outcome.tested, system), content)
 
 
 @contextmanager
-def _shown(title: str, images: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on the console and in Prefect; what is yielded is told of images that were embedded."""
-    meter = Meter(STAGE, "images", images)
+def _shown(title: str, images: int, before: int) -> Iterator[Callable[[int], None]]:
+    """Show progress on the console and in Prefect; what is yielded is told of images that were embedded.
+
+    An earlier run has embedded so many of them `before`.
+    """
+    meter = Meter(STAGE, "images", images, before)
     with (
         progress_artifacts("verify-recogniser", [meter]),
         show_progress(title, [meter], Console()) as reporter,
@@ -228,6 +272,6 @@ def _describe(tested: VerificationSet) -> dict[str, Any]:
 
 
 def _write(folder: Location, results: Mapping[str, Any]) -> None:
-    folder.write_atomic("results.json", json_bytes(results))
+    folder.write_atomic(RESULTS, json_bytes(results))
     folder.write_atomic("table.md", markdown(results).encode())
     folder.write_atomic("table.txt", plain_text(results).encode())

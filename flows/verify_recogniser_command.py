@@ -22,8 +22,9 @@ def verify_recogniser(
         typer.Option(
             metavar="PATH",
             help="A recogniser: an insightface pack (folder), an .onnx file, or weights of an iResNet (.pt, "
-            ".pth, .safetensors). May be repeated: the others are compared with the first. After a path: "
-            ",name=NAME ,colour=BGR ,pixels=0..1 (or 0..255, -1..1).",
+            ".pth, .ckpt, .safetensors). May be repeated: the others are compared with the first. After a "
+            "path: ,name=NAME ,colour=BGR ,pixels=0..1 (or 0..255, -1..1), and "
+            ",torchscript=yes for any network in TorchScript, whose code then runs.",
         ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the tables and figures.")] = "verification",
@@ -67,18 +68,19 @@ def verify_recogniser(
     """Verify recognisers on test sets: ten-fold accuracy, TAR at FAR, EER, in tables like those of papers.
 
     Everything but the images' pixels is checked before anything is embedded. The tables are written as they
-    grow; after an interruption, figures are computed anew.
+    grow. Sets whose figures are there, of the same recognisers and settings, are not verified again.
     """
     show_log(verbose)
     from flows.launch import launch
-    from flows.verify_recogniser import FRCSYN, open_all
+    from flows.verify_recogniser import open_once
     from flows.verify_recogniser import verify_recogniser as verify_flow
+    from negfacediff_core.recognition.frcsyn import FOLDER
     from negfacediff_core.recognition.verification_tables import plain_text
 
-    open_all(recogniser, sets, device, detector, detector_size, frcsyn)
+    open_once(tuple(recogniser), tuple(sets), device, detector, detector_size, frcsyn)
     results = launch(
         verify_flow,
-        after_interrupt=f"Figures so far are in {out}; the same command computes all of them again:",
+        after_interrupt=f"Figures so far are in {out}; the same command goes on with the next set:",
         recognisers=recogniser,
         sets=sets,
         out=out,
@@ -93,5 +95,5 @@ def verify_recogniser(
         frcsyn=frcsyn,
     )
     print(f"\n{plain_text(results)}")
-    scores = {"scores": f"{out}/{FRCSYN}"} if frcsyn else {}
+    scores = {"scores": f"{out}/{FOLDER}"} if frcsyn else {}
     print_places(table=f"{out}/table.md", figures=f"{out}/results.json", **scores)

@@ -2,13 +2,15 @@
 
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from flows.cli import main
-from negfacediff_core.export.perceptual import BITS, distances, image_hash
+from negfacediff_core.export.perceptual import BITS, FORM, distances, image_hash
+from negfacediff_core.stages import origin, unit_hashes
 from negfacediff_core.stages.origin import ALIKE, find_origins
 from negfacediff_core.store.layout import ArraySpec, Grid, StageSpec
 from negfacediff_core.store.runs import write_run
@@ -16,6 +18,13 @@ from negfacediff_core.store.shards import commit, prepare
 from negfacediff_core.store.tables import rows_of
 
 COLUMNS = (("identity", "int64"), ("replicate", "int64"), ("status", "string"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder, empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "negfacediff" / "hashes"
 
 
 def pictures(count, seed):
@@ -58,7 +67,8 @@ def stored(tmp_path_factory):
 
 def find(store, *images):
     """The origins of images."""
-    return find_origins(str(store), images, threads=1, progress=lambda done, total: None)
+    hashes = np.concatenate([image_hash(image[None]) for image in images])
+    return find_origins(str(store), hashes, images.__getitem__, threads=1, progress=lambda *_: None)
 
 
 def compressed(image, quality):
@@ -120,7 +130,78 @@ def test_hashes_hold_255_bits_whatever_the_size():
     assert hashes.shape == (4, 32) and not (hashes[:, -1] & 1).any() and BITS == 255
     apart = distances(hashes, image_hash(images[:, :, ::-1]))
     assert apart.shape == (4, 4) and (np.diag(apart) > 60).all()
-    assert (distances(hashes, hashes) == distances(hashes, hashes).T).all()
+    bits = np.unpackbits(hashes, axis=1)
+    assert (distances(hashes, hashes) == (bits[:, None] != bits).sum(axis=2)).all()
+
+
+def test_the_form_of_hashes_stays():
+    """Hashes are kept: whoever changes them counts FORM up, and writes these anew."""
+    noise = np.random.default_rng(0).integers(0, 256, (1, 40, 48, 3), dtype=np.uint8)
+    assert FORM == 1
+    known = image_hash(noise).tobytes().hex()
+    assert known == "abb4b6ba1cdcda0a68c107b302c3fc0c8a2b0576378535ab6bade8553969738c"
+
+
+def counted(monkeypatch, name):
+    """Count the calls of a function that reads a unit."""
+    calls, function = [], getattr(unit_hashes, name)
+    for module in (unit_hashes, origin):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lambda *given: calls.append(given[1]) or function(*given))
+    return calls
+
+
+def test_a_store_is_read_once_and_then_only_where_hashes_are_alike(stored, cache, monkeypatch):
+    store, images = stored
+    stranger, copy = pictures(1, seed=5)[0], compressed(images[3, 0], 75)
+    expected = find(store, stranger, copy)
+    assert len(list(cache.glob("*/*.npy"))) == 2
+    read = counted(monkeypatch, "read_arrays")
+    assert find(store, stranger)[0] == expected[0] and not read
+    assert find(store, copy, stranger) == expected[::-1] and [unit.identity_block for unit in read] == [1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no hashes", b"\x93NUMPY\x01\x00"])
+def test_hashes_that_are_damaged_are_made_anew(stored, cache, caplog, content):
+    store, images = stored
+    expected = find(store, images[1, 1])
+    kept = {path: path.read_bytes() for path in cache.glob("*/*.npy")}
+    for path in kept:
+        path.write_bytes(content)
+    assert find(store, images[1, 1]) == expected
+    assert "are computed anew" in caplog.text
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_another_unit_has_other_hashes(stored, cache, monkeypatch):
+    """What is kept is known by the content of a unit, not by its place."""
+    store, images = stored
+    find(store, images[0, 0])
+    record = unit_hashes.read_record
+
+    def made_anew(spec, unit):
+        found = record(spec, unit)
+        return replace(found, sha256={path: digest[::-1] for path, digest in found.sha256.items()})
+
+    monkeypatch.setattr(unit_hashes, "read_record", made_anew)
+    read = counted(monkeypatch, "read_rows")
+    assert find(store, images[0, 0])[0].exact and len(read) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(stored, tmp_path, monkeypatch):
+    store, images = stored
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert find(store, images[2, 2])[0].exact
+
+
+def test_many_questions_are_compared_in_parts(stored, monkeypatch):
+    store, images = stored
+    asked = [images[1, 0], *pictures(5, seed=6), images[3, 1], images[0, 2]]
+    whole = find(store, *asked)
+    monkeypatch.setattr(origin, "_COMPARED", 12)
+    assert find(store, *asked) == whole
+    assert [one.exact for one in whole] == [True, *[False] * 5, True, True]
 
 
 def test_the_command_says_which_image_it_is(stored, tmp_path, capsys):
@@ -134,17 +215,33 @@ def test_the_command_says_which_image_it_is(stored, tmp_path, capsys):
     assert stop.value.code == 0
     assert "same.png: identity 2, image 0 of the run faces, samples/" in said and "(the same pixels)" in said
     assert "copy.jpg: identity 2, image 1 of the run faces" in said and "of 255 bits differ" in said
-    assert "other.png: not from" in said
+    assert "other.png: not from" in said and "3 images: 2 from there, 1 not." in said
     with pytest.raises(SystemExit) as stop:
         main(["whose", str(tmp_path / "other.png"), str(store)])
     assert stop.value.code == 1
+
+
+def test_images_of_a_folder_that_cannot_be_compared_are_named(stored, tmp_path, capsys):
+    store, images = stored
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    Image.fromarray(images[2, 0]).save(folder / "same.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 30)).save(folder / "small.png")
+    with pytest.raises(SystemExit) as stop:
+        main(["whose", str(folder), str(store)])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "same.png: identity 2, image 0" in said
+    assert "broken.png: not compared, no image that can be read." in said
+    assert "small.png: not compared, too small" in said
+    assert "3 images: 1 from there, 0 not, 2 not compared." in said
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("missing.png", None, "There is no image"),
-        ("broken.png", b"no image", "holds no image that can be read"),
+        ("broken.png", b"no image", "no image that can be read"),
         ("small.png", (8, 8), "16 x 16 pixels at least"),
     ],
 )

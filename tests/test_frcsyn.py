@@ -1,5 +1,7 @@
 """Score files for the challenge FRCSyn: what is in them, where they lie, and what they cannot be made of."""
 
+import shutil
+
 import numpy as np
 import pytest
 from verification_material import crop, lfw_order, material, save_bin, save_colour_network
@@ -8,6 +10,8 @@ from flows import verify_recogniser as flow_module
 from flows.verify_recogniser import open_all, verify_recogniser
 from negfacediff_core.errors import ConfigError, NegFaceDiffError
 from negfacediff_core.faces.embed import load_embedder
+from negfacediff_core.recognition import verify as verify_module
+from negfacediff_core.recognition.embedding import embed_all
 from negfacediff_core.recognition.fold_accuracy import THRESHOLDS, best_threshold
 from negfacediff_core.recognition.frcsyn import score_file, systems
 from negfacediff_core.recognition.pairs import read_pairs
@@ -40,18 +44,23 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="module")
-def results(folder):
+def verified(folder, out):
+    """Verify two recognisers on a list with labels and one without."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow_module, "create_markdown_artifact", lambda *_: None)
         return verify_recogniser.fn(
             recognisers=[f"{folder}/real.onnx", f"{folder}/synthetic.onnx"],
             sets=[f"{folder}/agedb/AgeDB.csv", f"{folder}/cfp_fp.bin"],
-            out=f"{folder}/out",
+            out=str(out),
             draws=0,
             threads=1,
             frcsyn=f"{folder}/training.bin",
         )
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return verified(folder, folder / "out")
 
 
 def test_a_line_is_a_comparison_in_the_order_of_the_list(folder, results):
@@ -79,6 +88,20 @@ def test_a_line_is_a_comparison_in_the_order_of_the_list(folder, results):
                 assert decision == str(int(cosine > threshold))
             # the networks tell these pairs apart without an error
             assert [line.endswith(",1") for line in lines] == SAME.tolist()
+
+
+def test_of_what_is_done_only_score_files_that_are_missing_are_made(folder, results, tmp_path, monkeypatch):
+    shutil.copytree(folder / "out", tmp_path / "out")
+    whole = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.txt")}
+    embedded = []
+    monkeypatch.setattr(
+        verify_module, "embed_all", lambda crops, *rest: embedded.append(crops) or embed_all(crops, *rest)
+    )
+    monkeypatch.setattr(flow_module, "choose_threshold", lambda *_: pytest.fail("it is there"))
+    assert verified(folder, tmp_path / "out") == results and not embedded
+    (tmp_path / "out" / "frcsyn" / "AgeDB" / "proposed.txt").unlink()
+    assert verified(folder, tmp_path / "out") == results and len(embedded) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.txt")} == whole
 
 
 def test_comparisons_without_labels_have_no_figures(results):

@@ -1,6 +1,7 @@
 """Figures of verification: by scikit-learn and pyeer, on sets with known answers, and their intervals."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def scored(seed, pairs=200, gap=0.4):
 
 def test_a_draw_counts_each_pair_as_often_as_it_is_drawn():
     cosines, distances, same, folds = scored(0)
-    weights = draw_weights(folds, draws=5, seed=3)
+    weights = np.array(list(draw_weights(folds, draws=5, seed=3)))
     assert (weights.reshape(5, 10, 20).sum(axis=2) == 20).all()
     found = resample(cosines, distances, same, folds, weights)
     for row, figures in zip(weights, found, strict=True):
@@ -175,9 +176,29 @@ def test_a_draw_counts_each_pair_as_often_as_it_is_drawn():
             figures, [expected["accuracy"], expected["eer"], expected["tar"]["1e-3"]], atol=1e-12
         )
     ones = np.ones((1, len(same)))
-    assert resampled_accuracies(distances, same, folds, ones)[0] == pytest.approx(
+    assert next(resampled_accuracies(distances, same, folds, ones)) == pytest.approx(
         fold_accuracy(distances, same, folds).mean
     )
+
+
+def test_draws_are_those_of_one_generator_fold_by_fold():
+    folds = np.array([2, 0, 0, 1, 1, 1, 0, 2, 1, 2, 2, 2])
+    generator = np.random.Generator(np.random.Philox(7))
+    expected = np.empty((9, len(folds)))
+    for fold, size in enumerate((3, 4, 5)):
+        expected[:, folds == fold] = generator.multinomial(size, np.full(size, 1 / size), 9)
+    np.testing.assert_array_equal(list(draw_weights(folds, 9, seed=7)), expected)
+
+
+def test_a_row_of_draws_is_held_at_a_time():
+    """Of 100 draws of 10,000 pairs, which are 8 MB, a part is there at a time."""
+    cosines, distances, same, folds = scored(0, pairs=10_000)
+    tracemalloc.start()
+    try:
+        found = resample(cosines, distances, same, folds, draw_weights(folds, draws=100))
+        assert tracemalloc.get_traced_memory()[1] < 6e6 and found.shape == (100, 3)
+    finally:
+        tracemalloc.stop()
 
 
 def test_intervals_hold_the_true_accuracy_about_as_often_as_they_say():
@@ -187,7 +208,8 @@ def test_intervals_hold_the_true_accuracy_about_as_often_as_they_say():
         _, distances, same, folds = scored(seed, pairs=400)
         accuracies.append(fold_accuracy(distances, same, folds).mean)
         weights = draw_weights(folds, draws=40, seed=seed)
-        limits.append(interval(resampled_accuracies(distances, same, folds, weights)[:, None])[0])
+        drawn = list(resampled_accuracies(distances, same, folds, weights))
+        limits.append(interval(np.array(drawn)[:, None])[0])
     truth = np.mean(accuracies)
     held = np.mean([low <= truth <= high for low, high in limits])
     assert 0.8 <= held <= 1.0
@@ -196,7 +218,7 @@ def test_intervals_hold_the_true_accuracy_about_as_often_as_they_say():
 def test_differences_are_paired():
     """Of two recognisers that err on the same pairs, the difference is surer than either figure."""
     cosines, _, same, folds = scored(0, pairs=1000)
-    weights = draw_weights(folds, draws=200)
+    weights = list(draw_weights(folds, draws=200))
     slightly = cosines + np.random.default_rng(9).normal(0, 0.005, len(cosines))
     one, other = (
         Verified(pair_figures(c, 2 - 2 * c, same, folds), c, resample(c, 2 - 2 * c, same, folds, weights))

@@ -14,6 +14,8 @@ from flows import cli
 from flows import verify_recogniser as flow_module
 from flows.deployments import DEPLOYMENTS
 from flows.verify_recogniser import verify_recogniser
+from negfacediff_core.recognition import verify as verify_module
+from negfacediff_core.recognition.embedding import embed_all
 from negfacediff_core.recognition.verification_tables import markdown, plain_text, tables
 
 SAME = lfw_order(10, 10)
@@ -120,6 +122,86 @@ def test_templates_have_columns_of_their_own(results):
     assert "IJB-C: TAR at FAR" in table.title
 
 
+def again(folder, out, **given):
+    """Verify as `results` was made; returns the results, and how often a set was embedded."""
+    embedded = []
+
+    def noted(crops, *rest):
+        embedded.append(crops)
+        return embed_all(crops, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow_module, "create_markdown_artifact", lambda *_: None)
+        patch.setattr(verify_module, "embed_all", noted)
+        parameters = {
+            "recognisers": [f"{folder}/net0.onnx", f"{folder}/net1.onnx,name=other"],
+            "sets": [f"{folder}/sets"],
+            "draws": 50,
+            "batch": 16,
+            "threads": 1,
+        }
+        return verify_recogniser.fn(out=str(out), **(parameters | given)), len(embedded)
+
+
+@pytest.fixture
+def copied(results, folder, tmp_path):
+    """A folder with the results of both sets."""
+    (tmp_path / "results.json").write_bytes((folder / "out" / "results.json").read_bytes())
+    return tmp_path
+
+
+def test_what_is_done_is_not_verified_again(results, folder, copied, capsys):
+    assert again(folder, copied) == (results, 0)
+    assert "as nothing they depend on has changed: LFW, AgeDB-30" in capsys.readouterr().out
+    assert (copied / "table.txt").read_text() == plain_text(results)
+
+
+def test_after_an_interruption_the_sets_that_are_left_are_verified(results, folder, tmp_path, monkeypatch):
+    write, written = flow_module._write, []
+
+    def interrupted(where, partly):
+        write(where, partly)
+        written.append(list(partly["done"]))
+        if len(written) == 3:  # the second set by the first recogniser
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow_module, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again(folder, tmp_path)
+    assert written == [[], ["LFW"], ["LFW"]]
+    assert again(folder, tmp_path) == (results, 2)
+
+
+def test_what_decides_the_figures_makes_all_of_them_anew(results, folder, copied):
+    bgr = [f"{folder}/net0.onnx,colour=BGR"]
+    assert again(folder, copied, flip=False)[1] == 4
+    assert again(folder, copied, flip=False, recognisers=bgr)[1] == 2
+    assert again(folder, copied, flip=False, recognisers=bgr, draws=0)[1] == 2
+    assert again(folder, copied, flip=False, recognisers=[f"{bgr[0]},pixels=0..1"], draws=0)[1] == 2
+    (copied / "results.json").write_text("cut sho")
+    assert again(folder, copied) == (results, 4)
+
+
+def test_a_set_that_has_changed_is_verified_again(results, folder, copied):
+    for name, wrong in WRONG.items():
+        save_bin(copied / "sets" / f"{name}.bin", SAME, wrong if name == "lfw" else [0, 1])
+    found, embedded = again(folder, copied, sets=[f"{copied}/sets"])
+    assert embedded == 2 and found["done"]["LFW"] == results["done"]["LFW"]
+    assert found["figures"]["net0"]["LFW"] == results["figures"]["net0"]["LFW"]
+    assert found["figures"]["net0"]["AgeDB-30"]["accuracies"][0] == pytest.approx(0.9)
+
+
+def test_what_the_command_has_opened_the_flow_takes(folder, tmp_path, monkeypatch):
+    opened, open_all = [], flow_module.open_all
+    monkeypatch.setattr(flow_module, "open_all", lambda *given: opened.append(given) or open_all(*given))
+    given = (f"{folder}/net0.onnx",), (f"{folder}/sets/lfw.bin",), "cpu", "", 128, ""
+    flow_module.open_once(*given)
+    for count in (1, 2):  # what a second flow finds may be something else
+        again(folder, tmp_path, recognisers=list(given[0]), sets=list(given[1]))
+        assert len(opened) == count
+
+
 def run(*arguments):
     """Run the command line in this process and return its exit code."""
     with pytest.raises(SystemExit) as stop:
@@ -158,7 +240,7 @@ def test_the_command_prints_the_tables_and_says_where_they_lie(
         "detector": "",
         "detector_size": 128,
         "frcsyn": "",
-        "said": f"Figures so far are in {out}; the same command computes all of them again:",
+        "said": f"Figures so far are in {out}; the same command goes on with the next set:",
     }
     printed = capsys.readouterr().out
     assert plain_text(results) in printed and f"{out}/table.md" in printed

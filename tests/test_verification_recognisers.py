@@ -2,6 +2,7 @@
 
 import io
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from PIL import Image
 from verification_material import colours, crop
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
+from negfacediff_core.faces.embed import load_embedder
+from negfacediff_core.faces.packs import PIXELS
 from negfacediff_core.images import to_float
 from negfacediff_core.recognition.backbones import IRESNET_LAYERS, IResNet, build_backbone
 from negfacediff_core.recognition.crop_lists import CropList, encoded_crops
 from negfacediff_core.recognition.embedding import Embedding, check_size, embed_all, embedded_batches
-from negfacediff_core.recognition.export import write_onnx
+from negfacediff_core.recognition.export import export_forms, write_checked, write_onnx
 from negfacediff_core.recognition.recogniser_files import (
-    PIXELS,
     _architecture,
     open_recogniser,
     open_recognisers,
@@ -98,6 +100,68 @@ def test_colours_and_pixels_are_as_given(tmp_path, network, suffix, pixels):
     np.testing.assert_allclose(found.embed(CROPS), wanted, atol=1e-4, rtol=1e-3)
 
 
+def test_both_forms_that_are_exported_give_the_same_embeddings(tmp_path, network, expected):
+    """The form of SDFR takes pixels in 0 .. 1, which nobody has to say of it."""
+    for path in export_forms(network, tmp_path):
+        np.testing.assert_allclose(open_recogniser(path).embed(CROPS), expected, atol=1e-4)
+        np.testing.assert_allclose(load_embedder(path.parent).embed(CROPS), expected, atol=1e-4)
+
+
+def test_pixels_that_this_version_does_not_know_are_refused(tmp_path, network):
+    write_checked(network, tmp_path / "net.onnx", pixels="0..65535")
+    with pytest.raises(WeightsError, match=r"takes pixels in '0\.\.65535', .* upgrade negfacediff"):
+        open_recogniser(tmp_path / "net.onnx")
+
+
+class TwoOutputs(torch.nn.Module):
+    """An embedding and its length, as AdaFace's networks have them, of a network that is no iResNet."""
+
+    def __init__(self, side=112, flat=True):
+        super().__init__()
+        self.flat = flat
+        self.layer = torch.nn.Conv2d(3, 4, side)
+
+    def forward(self, crops):
+        """Embed."""
+        embeddings = self.layer(crops).flatten(1) if self.flat else self.layer(crops)
+        return embeddings, embeddings.norm(dim=1)
+
+
+def save_torchscript(path, network, side=112):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(network.eval(), torch.zeros(1, 3, side, side)).save(str(path))
+
+
+def test_torchscript_is_a_recogniser_of_any_kind_where_its_code_may_run(tmp_path):
+    network = TwoOutputs()
+    save_torchscript(tmp_path / "net.pt", network)
+    with pytest.raises(WeightsError, match=r"whose code would run: .*net\.pt,torchscript=yes"):
+        open_recogniser(tmp_path / "net.pt")
+    (found,) = open_recognisers([f"{tmp_path}/net.pt,colour=BGR,torchscript=yes"]).values()
+    with torch.inference_mode():
+        expected = network(to_float(CROPS[..., ::-1].copy()))[0].numpy()
+    assert (found.width, found.input_size) == (4, 112)
+    np.testing.assert_allclose(found.embed(CROPS), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        found.embed(CROPS, flip=True), expected + found.embed(CROPS[:, :, ::-1]), atol=1e-5
+    )
+
+
+def test_torchscript_that_is_no_recogniser_is_refused(tmp_path):
+    save_torchscript(tmp_path / "large.pt", TwoOutputs(160), side=160)
+    save_torchscript(tmp_path / "maps.pt", TwoOutputs(100, flat=False))
+    torch.save({}, tmp_path / "weights.pt")
+    for name, reason in {
+        "large": r"does not run on RGB crops \(N, 3, 112, 112\)",
+        "maps": r"makes \(2, 4, 13, 13\) of two crops",
+        "weights": "cannot be read as TorchScript",
+        "none": "cannot be read as TorchScript",
+    }.items():
+        with pytest.raises(WeightsError, match=reason):
+            open_recogniser(tmp_path / f"{name}.pt", torchscript=True)
+
+
 @pytest.mark.parametrize("depth", [18, 34, 50, 100])
 def test_published_depths_are_told_from_the_weights(depth):
     with torch.device("meta"):
@@ -118,15 +182,28 @@ BAD_WEIGHTS = {
     "foreign": ({"input_layer.0.weight": torch.zeros(2)}, "another network than an iResNet .*input_layer"),
     "numbers": ({"conv1.weight": 3}, "is no state dict"),
     "list": ([torch.zeros(2)], "is no state dict"),
-    "code": ({"conv1.weight": Nothing()}, "cannot be read as weights"),
+    "code": ({"conv1.weight": Nothing()}, "cannot be read as weights, as it holds more than tensors"),
+    "adaface": (
+        {"state_dict": {"model.input_layer.0.weight": torch.zeros(2), "head.kernel": torch.zeros(2)}},
+        r"another network than an iResNet .*input_layer.*export it .* ONNX .* TorchScript",
+    ),
 }
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
 @pytest.mark.parametrize("kind", BAD_WEIGHTS)
-def test_bad_weights_are_refused(tmp_path, kind):
+def test_bad_weights_are_refused(tmp_path, kind, suffix):
     content, reason = BAD_WEIGHTS[kind]
-    torch.save(content, tmp_path / "net.pt")
+    path = tmp_path / f"net{suffix}"
+    torch.save(content, path)
     with pytest.raises(WeightsError, match=reason):
+        open_recogniser(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"PK\x05\x06 cut short"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "net.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"cannot be read as weights \(\w+\): expected a state dict"):
         open_recogniser(tmp_path / "net.pt")
 
 
@@ -145,7 +222,8 @@ def test_what_is_said_of_a_recogniser_is_checked(tmp_path):
         (f"{path},colour=grey",): "colour is RGB or BGR",
         (f"{path},pixels=0-1",): r"pixels one of -1\.\.1, 0\.\.1, 0\.\.255",
         (str(path), str(path)): "two recognisers are called a",
-        (f"{path},images=x",): "options name, colour and pixels",
+        (f"{path},images=x",): "options name, colour, pixels and torchscript",
+        (f"{path},torchscript=no",): "torchscript=yes lets the code .* run",
         (): "no recogniser is given",
     }.items():
         with pytest.raises(ConfigError, match=reason):

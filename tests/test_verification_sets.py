@@ -186,6 +186,20 @@ def test_a_list_without_folds_is_divided_by_kind(people, tmp_path, head):
         assert np.bincount(read.folds[kind]).tolist() == [2] * 10
 
 
+def test_a_list_without_a_head_may_begin_with_names_that_are_numbers(tmp_path):
+    """As those of our own exports are."""
+    for person in range(20):
+        for image in (1, 2):
+            file = tmp_path / f"{person:07}" / f"{person:07}_{image:04}.png"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(crop((person, 9, 9)))
+    lines = [f"{n:07} 1 2\n{n:07} 1 {19 - n:07} 2\n" for n in range(20)]
+    (tmp_path / "pairs.txt").write_text("".join(lines))
+    (read,) = open_sets([str(tmp_path)])
+    assert read.same.tolist() == [True, False] * 20
+    assert read.crops.names[:2] == ["0000000/0000000_0001.png", "0000000/0000000_0002.png"]
+
+
 @pytest.mark.parametrize("head", ["path1,path2,same\n", ""])
 def test_a_csv_is_read(people, head):
     files = [[f"Person_{n}/Person_{n}_000{image}.png" for image in (1, 2)] for n in range(20)]
@@ -223,6 +237,14 @@ def test_a_bad_line_of_a_csv_is_named(people, line):
     path = people / "pairs.csv"
     path.write_text(f"path1,path2,same\n{line}\n")
     with pytest.raises(NegFaceDiffError, match=r"pairs.csv, line 2: .*path1,path2,same"):
+        read_pairs(path, people, "LFW")
+
+
+@pytest.mark.parametrize("second", ["Person_0/Person_0_0002.png", "none.png"])
+def test_a_pair_whose_third_cell_is_mistyped_is_no_head(people, second):
+    path = people / "pairs.csv"
+    path.write_text(f"Person_0/Person_0_0001.png,{second},yess\n")
+    with pytest.raises(NegFaceDiffError, match=r"pairs.csv, line 1: .*yess' is no pair"):
         read_pairs(path, people, "LFW")
 
 
@@ -342,6 +364,33 @@ def test_bad_lists_of_templates_are_refused(ijbc, kind):
     (ijbc / "meta" / f"ijbc_{file}.txt").write_text(content)
     with pytest.raises(NegFaceDiffError, match=reason):
         read_templates(ijbc, "IJB-C")
+
+
+def changed(path, content):
+    """Write a file, and have it later than it was."""
+    before = path.stat().st_mtime_ns
+    path.write_bytes(content)
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+def test_a_set_has_another_digest_where_anything_has_changed(ijbc, people, tmp_path):
+    (people / "pairs.txt").write_text(pairs_txt())
+    save_bin(tmp_path / "own.bin", SAME)
+    texts = [str(ijbc), str(people), str(tmp_path / "own.bin")]
+    images = [ijbc / "loose_crop" / "3.jpg", people / "Person_2" / "Person_2_0001.png"]
+    first = [one.digest for one in open_sets(texts)]
+    assert len(set(first)) == 3 and all(first)
+    assert [one.digest for one in open_sets(texts)] == first
+    for image in images:
+        changed(image, crop((7, 7, 7)))
+    save_bin(tmp_path / "own.bin", SAME, wrong=[3])
+    second = [one.digest for one in open_sets(texts)]
+    assert not set(first) & set(second)
+    labels = ijbc / "meta" / "ijbc_template_pair_label.txt"
+    changed(labels, labels.read_bytes().replace(b"7 12 0", b"7 12 1"))
+    changed(people / "pairs.txt", pairs_txt().replace("Person_0\t1\t2", "Person_0\t1\t3").encode())
+    third = [one.digest for one in open_sets(texts)]
+    assert third[0] != second[0] and third[1] != second[1] and third[2] == second[2]
 
 
 def test_missing_files_of_a_template_set_are_named(ijbc):

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 #: Coefficients along each axis, and bits of a hash.
 LOWEST = 16
 BITS = LOWEST * LOWEST - 1
+#: Counts the forms that hashes have had: hashes that are kept are of one form.
+FORM = 1
 # Luma of ITU-R BT.601, which JPEG keeps best.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -25,9 +27,13 @@ def image_hash(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.packbits(signs, axis=1)
 
 
-def distances(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.int64]:
+def distances(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Return in how many bits hashes differ: `(M, 32)` and `(N, 32)` make `(M, N)`."""
-    return np.bitwise_count(one[:, None] ^ other[None]).sum(axis=2, dtype=np.int64)
+    first, second = (np.ascontiguousarray(hashes).view(np.uint64) for hashes in (one, other))
+    apart = np.zeros((len(one), len(other)), np.uint16)
+    for word in range(first.shape[1]):
+        apart += np.bitwise_count(first[:, None, word] ^ second[None, :, word])
+    return apart
 
 
 @lru_cache(maxsize=16)

@@ -6,17 +6,26 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.faces.packs import ColourOrder, Network, check_crops, network_input, open_network
+from negfacediff_core.faces.packs import (
+    PIXELS,
+    ColourOrder,
+    Network,
+    check_crops,
+    network_input,
+    open_network,
+)
 
 BATCH = 32
 
 
 class Embedder(Protocol):
-    """Whatever turns aligned crops into embeddings, and says which weights do it."""
+    """Whatever turns aligned crops into embeddings, by which weights, from pixels (x - mean) / std."""
 
     weights: Path
     sha256: str
     colour_order: ColourOrder
+    mean: float
+    std: float
     input_size: int
     width: int
 
@@ -26,7 +35,9 @@ class Embedder(Protocol):
 
 
 class OnnxEmbedder:
-    """A recogniser in ONNX. Mean and deviation of its input are 127.5, or 0 and 1 if the graph normalises."""
+    """A recogniser in ONNX. It takes the pixels that its file names, or else 0..255 if its graph normalises
+    them, and -1..1 if not.
+    """
 
     def __init__(self, network: Network, colour_order: ColourOrder = "RGB") -> None:
         assert network.size is not None  # a network of unknown size is never taken for a recogniser
@@ -35,7 +46,7 @@ class OnnxEmbedder:
         self.sha256 = network.sha256
         self.colour_order: ColourOrder = colour_order
         self.input_size = network.size[0]
-        self.mean, self.std = (0.0, 1.0) if network.normalises_inside else (127.5, 127.5)
+        self.mean, self.std = PIXELS[network.pixels or ("0..255" if network.normalises_inside else "-1..1")]
         blank = np.zeros((1, self.input_size, self.input_size, 3), np.uint8)
         self.width = self._run(blank).shape[1]
 

@@ -20,6 +20,15 @@ from negfacediff_core.stopping import heed
 Task = Literal["detection", "recognition"]
 ColourOrder = Literal["RGB", "BGR"]
 
+#: Ranges of the pixels that a network takes, by name: x -> (x - mean) / std of 0..255.
+PIXELS: dict[str, tuple[float, float]] = {
+    "-1..1": (127.5, 127.5),
+    "0..1": (0.0, 255.0),
+    "0..255": (0.0, 1.0),
+}
+#: Where an ONNX file that this project exported says which row of PIXELS it takes, if not -1..1.
+PIXELS_KEY = "negfacediff.pixels"
+
 WANTED: dict[Task, str] = {
     "detection": "an SCRFD face detector (6, 9, 10 or 15 outputs)",
     "recognition": "a face recogniser (one output; a square input of at least 112, a multiple of 16)",
@@ -42,6 +51,7 @@ class Network(NamedTuple):
     size: tuple[int, int] | None  # height, width
     normalises_inside: bool
     device: str
+    pixels: str | None = None  # the row of PIXELS that the file says it takes
 
     def evaluate(
         self,
@@ -99,7 +109,8 @@ def open_file(path: Path, threads: int = 1, device: str = "cpu") -> Network:
     Raises WeightsError for a file that is no network, and ConfigError for a GPU that onnxruntime cannot use.
     """
     weights = path.read_bytes()
-    graph = _parse(path, weights).graph
+    model = _parse(path, weights)
+    graph = model.graph
     inputs = _inputs(graph)
     if not inputs or len(_dimensions(inputs[0])) != 4:
         raise WeightsError(
@@ -129,6 +140,7 @@ def open_file(path: Path, threads: int = 1, device: str = "cpu") -> Network:
         size=(height, width) if height and width else None,
         normalises_inside=_normalises_inside(graph),
         device=device,
+        pixels=_pixels(path, model),
     )
 
 
@@ -227,6 +239,16 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 
 def _dimensions(value: onnx.ValueInfoProto) -> list[int | None]:
     return [dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim]
+
+
+def _pixels(path: Path, model: onnx.ModelProto) -> str | None:
+    found = next((each.value for each in model.metadata_props if each.key == PIXELS_KEY), None)
+    if found not in (None, *PIXELS):
+        raise WeightsError(
+            f"{path} says that it takes pixels in {found!r}, which this version does not know (known: "
+            f"{', '.join(PIXELS)}): upgrade negfacediff, or export it anew."
+        )
+    return found
 
 
 def _normalises_inside(graph: onnx.GraphProto) -> bool:

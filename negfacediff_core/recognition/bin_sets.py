@@ -18,7 +18,7 @@ from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.detect import Detector
 from negfacediff_core.recognition.crop_lists import encoded_crops
 from negfacediff_core.recognition.fold_accuracy import contiguous_folds
-from negfacediff_core.recognition.pair_sets import PairSet, check_pairs
+from negfacediff_core.recognition.pair_sets import PairSet, check_pairs, digest_of
 
 
 class _Dtype(PickledDtype):
@@ -136,7 +136,8 @@ def read_bin(path: Path, name: str, detector: Detector | None = None) -> PairSet
     folds = contiguous_folds(len(same))
     check_pairs(same, folds, str(path))
     crops = encoded_crops(list(first_place), names, str(path), detector)
-    return PairSet(name, crops, np.array(places, np.int64).reshape(-1, 2), same, folds)
+    numbered = np.array(places, np.int64).reshape(-1, 2)
+    return PairSet(name, crops, numbered, same, folds, digest_of([same.tobytes(), *images]))
 
 
 def _content(path: Path) -> tuple[list[bytes], NDArray[np.bool_]]:

@@ -4,11 +4,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from negfacediff_core.errors import WeightsError
+from negfacediff_core.faces.packs import PIXELS_KEY
 from negfacediff_core.recognition.backbones import INPUT_SIZE, IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.train import read_checkpoint
 
@@ -53,21 +55,28 @@ def export_forms(network: nn.Module, folder: Path) -> list[Path]:
     """Write a network as ONNX in both forms that others read, and return the files.
 
     `pack/recogniser.onnx` is a model pack for insightface (see `export_recogniser`). `sdfr/recogniser.onnx`,
-    for the challenge SDFR, takes RGB in [0, 1] and holds the normalisation. Raises WeightsError.
+    for the challenge SDFR, takes RGB in [0, 1], holds the normalisation, and says so (PIXELS_KEY). Raises
+    WeightsError.
     """
     network = network.cpu().eval()
-    forms = {"pack": network, "sdfr": nn.Sequential(UnitPixels(), network).eval()}
-    paths = [folder / name / "recogniser.onnx" for name in forms]
-    for form, path in zip(forms.values(), paths, strict=True):
-        write_checked(form, path)
+    pack, sdfr = paths = [folder / name / "recogniser.onnx" for name in ("pack", "sdfr")]
+    write_checked(network, pack)
+    write_checked(nn.Sequential(UnitPixels(), network).eval(), sdfr, pixels="0..1")
     return paths
 
 
-def write_checked(network: nn.Module, path: Path) -> None:
-    """Write a network to `path` as ONNX, whole or not at all; WeightsError if onnxruntime disagrees."""
+def write_checked(network: nn.Module, path: Path, pixels: str | None = None) -> None:
+    """Write a network to `path` as ONNX, whole or not at all; WeightsError if onnxruntime disagrees.
+
+    `pixels` is the row of PIXELS that it takes, where that is not -1..1: the file says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     write_onnx(network, partial)
+    if pixels is not None:
+        model = onnx.load(partial)
+        onnx.helper.set_model_props(model, {PIXELS_KEY: pixels})
+        onnx.save(model, partial)
     error = _disagreement(network, partial)
     if not error < TOLERANCE:
         partial.unlink()

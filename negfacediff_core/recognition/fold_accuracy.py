@@ -3,6 +3,7 @@
 A pair is accepted where the squared distance of its two unit embeddings, in [0, 4], is below the threshold.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -83,14 +84,15 @@ def resampled_accuracies(
     distances: NDArray[np.float64],
     same: NDArray[np.bool_],
     folds: NDArray[np.int64],
-    weights: NDArray[np.floating],
-) -> NDArray[np.float64]:
-    """Return the mean accuracy of each draw `(B,)`, where pair p counts `weights[b, p]` times.
+    weights: Iterable[NDArray[np.floating]],
+) -> Iterator[float]:
+    """Yield the mean accuracy of each draw of weights `(P,)`, where pair p counts `weights[p]` times.
 
     The thresholds are found anew in each draw. In a draw every fold must have some pair.
     """
     cells = _cells(distances, folds, THRESHOLDS)
-    return np.array([_accuracies(cells, same, row, len(THRESHOLDS))[0].mean() for row in weights])
+    for row in weights:
+        yield float(_accuracies(cells, same, row, len(THRESHOLDS))[0].mean())
 
 
 def _cells(

@@ -20,6 +20,14 @@ from negfacediff_core.recognition.pair_sets import PairSet
 from negfacediff_core.recognition.verification_sets import VerificationSet
 from negfacediff_core.recognition.verify import pair_scores
 
+#: Below the folder of the tables, that of the score files.
+FOLDER = "frcsyn"
+
+
+def score_path(dataset: str, system: str) -> str:
+    """Return where the score file of a dataset lies, below the folder of the tables."""
+    return f"{FOLDER}/{dataset}/{system}.txt"
+
 
 def systems(recognisers: Sequence[str]) -> dict[str, str]:
     """Return which of the challenge's systems each recogniser is: of two, the first one is the baseline.

@@ -3,7 +3,8 @@
 A template is a person's set of media, and a medium is a photograph or the frames of a video.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.align import align
 from negfacediff_core.recognition.crop_lists import SIDE, CropList, decode
+from negfacediff_core.recognition.pair_sets import digest_of, file_stamp
 
 # Pairs that are scored at a time: a few hundred megabytes of gathered templates.
 _SCORED = 1 << 16
@@ -27,7 +29,7 @@ class TemplateSet:
 
     Of each crop, `templates` `(N,)` and `media` `(N,)` number where it belongs (media across all templates)
     and `scores` `(N,)` is the detector's score of its face. `pairs` `(P, 2)` number templates, `same` `(P,)`
-    says which pairs are genuine.
+    says which pairs are genuine. For `digest` see `PairSet`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TemplateSet:
     scores: NDArray[np.float32]
     pairs: NDArray[np.int64]
     same: NDArray[np.bool_]
+    digest: str = ""
 
 
 def is_template_set(folder: Path) -> bool:
@@ -77,7 +80,17 @@ def read_templates(folder: Path, name: str) -> TemplateSet:
     landmarks = np.stack(coordinates, axis=1).reshape(-1, 5, 2)
     crops = _crops(folder / "loose_crop", list(images), landmarks)
     numbered = np.searchsorted(known, pairs)
-    return TemplateSet(name, crops, place, medium.ravel(), scores, numbered, same.astype(bool))
+    columns = [one.tobytes() for one in (templates, media, landmarks, scores, pairs, same)]
+    digest = digest_of([*columns, *_stamps(folder / "loose_crop", list(images))])
+    return TemplateSet(name, crops, place, medium.ravel(), scores, numbered, same.astype(bool), digest)
+
+
+def _stamps(folder: Path, images: list[str]) -> Iterator[bytes]:
+    """The stamps of the images of a folder, which is listed once: there are half a million."""
+    with os.scandir(folder) as entries:
+        there = {entry.name: entry for entry in entries}
+    for image in images:
+        yield file_stamp(image, there[image].stat())
 
 
 def _one(folder: Path, pattern: str) -> Path:

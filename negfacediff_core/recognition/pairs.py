@@ -10,7 +10,13 @@ from negfacediff_core.errors import NegFaceDiffError
 from negfacediff_core.faces.detect import Detector
 from negfacediff_core.recognition.crop_lists import encoded_crops
 from negfacediff_core.recognition.fold_accuracy import FOLDS, contiguous_folds, even_folds
-from negfacediff_core.recognition.pair_sets import ComparisonList, PairSet, check_pairs
+from negfacediff_core.recognition.pair_sets import (
+    ComparisonList,
+    PairSet,
+    check_pairs,
+    digest_of,
+    file_stamp,
+)
 
 #: Suffixes under which an image of `pairs.txt`, which names none, is looked for, in order.
 SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp", ".webp")
@@ -57,7 +63,11 @@ def read_pairs(
     _check_there(list(files), path)
     names = [str(file.relative_to(images)) for file in files]
     crops, places = encoded_crops(list(files), names, str(path), detector), np.array(numbered)
-    return PairSet(name, crops, places, same, folds) if told else ComparisonList(name, crops, places)
+    stamps = (file_stamp(shown, file.stat()) for shown, file in zip(names, files, strict=True))
+    digest = digest_of([text.encode(), *stamps])
+    if told:
+        return PairSet(name, crops, places, same, folds, digest)
+    return ComparisonList(name, crops, places, digest)
 
 
 def _check_there(files: list[Path], path: Path) -> None:
@@ -72,19 +82,22 @@ def _check_there(files: list[Path], path: Path) -> None:
 def _csv_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:
     """Pairs of a CSV of path1,path2,same, or of path1,path2 in all lines.
 
-    A first line whose third cell is no yes or no is a head, as is one that says path1,path2.
+    A first line whose third cell is no yes or no is a head where the others name no file, as is one that says
+    path1,path2.
     """
     rows = [(number, row) for number, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
     cells = 2 if rows and len(rows[0][1]) == 2 else 3
-    if rows and rows[0][0] == 1 and _is_head(rows[0][1]):
+    if rows and rows[0][0] == 1 and _is_head(rows[0][1], images):
         del rows[0]
     return [_csv_pair(path, number, row, cells, images) for number, row in rows], False
 
 
-def _is_head(row: list[str]) -> bool:
+def _is_head(row: list[str], images: Path) -> bool:
     if len(row) == 2:
         return [cell.strip().lower() for cell in row] == ["path1", "path2"]
-    return len(row) == 3 and row[2].strip().lower() not in _YES + _NO
+    told = len(row) == 3 and row[2].strip().lower() in _YES + _NO
+    # a pair with a mistyped third cell is no head: all lines after it would count as one earlier
+    return len(row) == 3 and not told and not any((images / cell.strip()).is_file() for cell in row[:2])
 
 
 def _csv_pair(path: Path, number: int, row: list[str], cells: int, images: Path) -> _Pair:
@@ -103,7 +116,8 @@ def _lfw_pairs(path: Path, text: str, images: Path) -> tuple[list[_Pair], bool]:
     """Pairs of a list in LFW's layout: `name n1 n2` is genuine, `name1 n1 name2 n2` impostor."""
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     head: tuple[int, ...] = ()
-    if lines and all(word.isdigit() for word in lines[0][1]):
+    # one number or two; three are a pair of a person whose name is a number
+    if lines and len(lines[0][1]) <= 2 and all(word.isdigit() for word in lines[0][1]):
         head = tuple(int(word) for word in lines.pop(0)[1])
     pairs = [_lfw_pair(path, number, words, images) for number, words in lines]
     if head:

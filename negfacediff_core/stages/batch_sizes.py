@@ -5,7 +5,6 @@ What is lost with the file is a minute: it is never an error that it cannot be r
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from negfacediff_core.diffusion.engine import SamplingEngine
+from negfacediff_core.errors import StoreError
+from negfacediff_core.stages.user_cache import cache_folder
 from negfacediff_core.tensor_files import replacing
 
 logger = logging.getLogger(__name__)
@@ -20,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 def batch_sizes_file() -> Path:
     """Return where they are kept: negfacediff/batch_sizes.json in $XDG_CACHE_HOME, or in ~/.cache."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "negfacediff" / "batch_sizes.json"
+    return cache_folder() / "batch_sizes.json"
 
 
 Negatives = NDArray[np.float32] | None  # (N, K, context width)
@@ -40,10 +40,9 @@ def remember(engine: SamplingEngine, negatives: Negatives) -> None:
         return
     path = batch_sizes_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(json.dumps({**sizes, key: engine.batch_size}, indent=1).encode())
-    except OSError as error:
+    except StoreError as error:
         logger.warning("the batch size found is not kept for the next time: %s", error)
 
 

@@ -1,23 +1,27 @@
 """Whether an image comes from a store: it is compared with every image there, as generated and as aligned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.export.perceptual import BITS, distances, image_hash
+from negfacediff_core.export.perceptual import BITS, distances
+from negfacediff_core.stages.unit_hashes import unit_hashes, unit_images
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import committed
 from negfacediff_core.store.runs import read_runs
-from negfacediff_core.store.shards import read_arrays, read_rows
 from negfacediff_core.store.status import stages
 
 #: Bits in which the hashes of an image and of its recompressed or resized copy differ at most.
 ALIKE = 24
 # Stages that hold images.
 _HELD = ("samples", "aligned")
+# Pairs of hashes that a thread compares at a time: a few tens of megabytes.
+_COMPARED = 1 << 21
+# Added to the distance of images whose pixels differ: equal ones come first.
+_DIFFER = BITS + 1
 
 
 class Origin(NamedTuple):
@@ -40,69 +44,92 @@ class Origin(NamedTuple):
         return self.exact or self.distance <= ALIKE
 
 
-def find_origins(
-    store: str, images: Sequence[NDArray[np.uint8]], threads: int, progress: Callable[[int, int], None]
-) -> list[Origin]:
-    """Return for each image `(H, W, 3)` RGB the nearest one of all committed units of a store.
+class _Nearest(NamedTuple):
+    """Of each image in question `(M,)` the nearest one: the distance, with _DIFFER, and its numbers."""
 
-    `progress` is told how many units were looked through, and how many there are. Every unit is read once,
-    whatever the number of images.
+    apart: NDArray[np.int64]
+    identity: NDArray[np.int64]
+    replicate: NDArray[np.int64]
+
+
+def find_origins(
+    store: str,
+    hashes: NDArray[np.uint8],
+    read: Callable[[int], NDArray[np.uint8]],
+    threads: int,
+    progress: Callable[[int, int], None],
+) -> list[Origin]:
+    """Return for each image in question the nearest one of all committed units of a store.
+
+    Args:
+        store: folder or URL.
+        hashes: of the images, `(M, 32)`, as `image_hash` makes them.
+        read: returns image number m, `(H, W, 3)` RGB. It is called from any thread, for images whose hash is
+            like that of a stored one.
+        threads: units that are looked through at a time.
+        progress: is told how many units were looked through, and how many there are.
 
     Raises:
-        StoreError: if a unit is damaged.
+        StoreError: if a unit whose images are needed is damaged.
     """
-    nearest = [Origin(BITS + 1, False, "", -1, -1)] * len(images)
-    hashes = np.concatenate([image_hash(image[None]) for image in images])
     work = [(spec, unit) for spec in stages(store) if spec.name in _HELD for unit in committed(spec)]
+    nearest = _nothing(len(hashes))
+    owner = np.full(len(hashes), -1)  # the place in `work`
     progress(0, len(work))
     with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda each: _nearest(each[0], each[1], images, hashes), work)
-        for done, found in enumerate(parts, start=1):
-            # all else equal, what is found first stays
-            nearest = [min(pair, key=_order) for pair in zip(nearest, found, strict=True)]
-            progress(done, len(work))
+        # a few at a time: what waits to be compared is as large as the questions are many
+        for start in range(0, len(work), 4 * threads):
+            some = work[start : start + 4 * threads]
+            parts = pool.map(lambda each: _nearest(each[0], each[1], hashes, read), some)
+            for place, found in enumerate(parts, start=start):
+                # all else equal, what is found first stays
+                nearer = found.apart < nearest.apart
+                owner[nearer] = place
+                for mine, theirs in zip(nearest, found, strict=True):
+                    mine[nearer] = theirs[nearer]
+                progress(place + 1, len(work))
     runs = read_runs(store)
-    return [one._replace(runs=_runs_of(one, runs)) for one in nearest]
+    directories = [work[place][0].path if place >= 0 else "" for place in owner]
+    return [
+        _origin(int(apart), directory, int(identity), int(replicate), runs)
+        for directory, apart, identity, replicate in zip(directories, *nearest, strict=True)
+    ]
 
 
-def _order(one: Origin) -> tuple[bool, int]:
-    return not one.exact, one.distance
+def _nothing(count: int) -> _Nearest:
+    """What stands for images that nothing is near to."""
+    return _Nearest(np.full(count, _DIFFER + BITS + 1), np.full(count, -1), np.full(count, -1))
 
 
 def _nearest(
-    spec: StageSpec, unit: Unit, images: Sequence[NDArray[np.uint8]], hashes: NDArray[np.uint8]
-) -> list[Origin]:
-    """The nearest image of a unit to each; images that failed, which are black, are passed over."""
-    stored, rows = read_arrays(spec, unit)["image"], read_rows(spec, unit)
-    ok = np.array(rows.column("status").to_pylist()) == "ok"
-    if not ok.any():
-        return [Origin(BITS + 1, False, "", -1, -1)] * len(images)
-    place = (
-        rows.column("identity").to_numpy()[ok] - spec.grid.identities_of(unit).start,
-        rows.column("replicate").to_numpy()[ok] - spec.grid.replicates_of(unit).start,
-    )
-    pixels = stored[place]
-    apart = distances(hashes, image_hash(pixels))
-    found = []
-    for image, row in zip(images, apart, strict=True):
-        least = int(row.argmin())
-        # equal pixels have equal hashes, but not only they
-        equal = [
-            int(index)
-            for index in np.flatnonzero(row == 0)
-            if image.shape == pixels.shape[1:] and np.array_equal(image, pixels[index])
-        ]
-        index = equal[0] if equal else least
-        found.append(
-            Origin(
-                distance=int(row[index]),
-                exact=bool(equal),
-                stage=spec.path,
-                identity=int(rows.column("identity").to_numpy()[ok][index]),
-                replicate=int(rows.column("replicate").to_numpy()[ok][index]),
-            )
-        )
-    return found
+    spec: StageSpec, unit: Unit, hashes: NDArray[np.uint8], read: Callable[[int], NDArray[np.uint8]]
+) -> _Nearest:
+    """The nearest image of a unit to each in question; pixels are read of those whose hashes are alike."""
+    stored = unit_hashes(spec, unit)
+    if not len(stored):
+        return _nothing(len(hashes))
+    pixels: NDArray[np.uint8] | None = None
+    apart, place = np.empty(len(hashes), np.int64), np.empty(len(hashes), np.int64)
+    step = max(1, _COMPARED // len(stored))
+    for start in range(0, len(hashes), step):
+        part = distances(hashes[start : start + step], stored["hash"])
+        place[start : start + step] = part.argmin(axis=1)
+        least = part.min(axis=1)
+        apart[start : start + step] = _DIFFER + least.astype(np.int64)
+        for row in np.flatnonzero(least <= ALIKE):
+            pixels = unit_images(spec, unit, stored) if pixels is None else pixels
+            image = read(start + int(row))
+            alike = np.flatnonzero(part[row] <= ALIKE)
+            equal = next((index for index in alike if np.array_equal(image, pixels[index])), None)
+            if equal is not None:
+                place[start + row], apart[start + row] = equal, part[row, equal]
+    return _Nearest(apart, stored["identity"][place], stored["replicate"][place])
+
+
+def _origin(apart: int, directory: str, identity: int, replicate: int, runs: dict[str, dict]) -> Origin:
+    exact = apart < _DIFFER
+    found = Origin(apart if exact else apart - _DIFFER, exact, directory, identity, replicate)
+    return found._replace(runs=_runs_of(found, runs))
 
 
 def _runs_of(one: Origin, runs: dict[str, dict]) -> tuple[str, ...]:
