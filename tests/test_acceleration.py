@@ -134,6 +134,7 @@ def test_graphs_without_a_gpu_fall_back(unet, inputs, caplog):
     assert "by eager, not by graphs: RuntimeError: CUDA graphs need a GPU" in caplog.text
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_network_can_be_compiled(monkeypatch):
     # traced as a compiler would, but run as it is: compiling takes minutes

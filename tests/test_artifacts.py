@@ -168,6 +168,7 @@ def test_units_that_failed_are_listed_with_why_and_how_to_go_on(
     assert resume in text and f"store `{tmp_path}` and run `tiny`" in text
 
 
+@pytest.mark.slow
 def test_images_that_failed_are_counted_in_a_build_that_is_complete(
     tiny_build, tmp_path, prefect_server, monkeypatch
 ):

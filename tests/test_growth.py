@@ -201,7 +201,8 @@ def test_contexts_made_together_are_grown_into_and_not_past(joint, tiny_build, t
     assert_grown_is(tmp_path / "grown", tmp_path / "at once")
 
 
-@pytest.mark.parametrize("executor", ["threads", pytest.param("dask", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["threads", "dask"])
 def test_a_dataset_may_grow_with_another_executor(executor, tiny_build, tmp_path):
     grown = changed(tiny_build, identities=6, images=3)
     make(changed(tiny_build, identities=4), tmp_path / "grown", pictures=True)

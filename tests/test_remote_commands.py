@@ -92,6 +92,7 @@ def stage(store, name):
     return next(spec for spec in stages(store) if spec.name == name)
 
 
+@pytest.mark.slow
 def test_what_is_damaged_on_s3_is_found_by_unit_repaired_and_made_again(server, folder, capsys, rebuilding):
     store = "s3://bucket/damaged"
     upload(folder, store)
@@ -135,6 +136,7 @@ def test_rows_that_failed_are_made_again_on_s3(server, folder, config, capsys, m
         assert results(store) == results(folder)
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_on_s3_leaves_a_log_that_can_be_shown(server, capsys, monkeypatch):
     spec = filled("s3://bucket/logs")
     bind(spec.store, "run", spec)

@@ -154,7 +154,8 @@ def test_ddpm_equals_the_reference():
         assert torch.allclose(found, expected, rtol=0, atol=2e-3)  # values reach 141
 
 
-@pytest.mark.parametrize("kind", ["const", pytest.param("reverse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["const", "reverse"])
 @torch.inference_mode()
 def test_ddpm_equals_the_reference_over_a_thousand_steps(kind):
     for found, expected in ddpm_reference("ddpm_T1000", "ddim_T1000", linear(1000), [(0.5, kind)]):

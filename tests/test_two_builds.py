@@ -41,6 +41,7 @@ def test_two_processes_that_make_one_stage_commit_each_unit_once(tmp_path):
     assert promises([spec]) == promises([make_spec(alone, identities=40)])
 
 
+@pytest.mark.slow
 def test_two_builds_that_share_contexts_make_what_each_makes_alone(tiny_build, tmp_path):
     """The builds differ in w alone: contexts and negatives are shared, all from the samples on is not."""
     store, alone = tmp_path / "store", tmp_path / "alone"
