@@ -20,6 +20,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 from rich.console import Console
 
+from flows.acknowledgement import acknowledged, licence_text
 from flows.approval import approve_in_prefect
 from flows.artifacts import (
     RESUME,
@@ -95,7 +96,7 @@ def make_dataset(settle: Callable[[], BuildConfig], execution: ExecutionConfig, 
     """
     build = settle()
     check_available(execution, build.samples.precision)
-    stages_of(build, store)
+    acknowledged(store, build.name, stages_of(build, store), execution)
     if execution.approve_above_hours:
         approve_in_prefect(build, store, execution)
     with turn(store):
@@ -107,16 +108,18 @@ def _make(
     build: BuildConfig, specs: Mapping[str, StageSpec], execution: ExecutionConfig, store: str
 ) -> dict[str, Any]:
     """Make what the planned stages lack, and record, write and publish what came of it."""
+    accepted = acknowledged(store, build.name, specs, execution)
+    run_logger().info(licence_text(specs))
     for spec in specs.values():
         prepare(spec)
     # only images that are all made here, in one go, tell what they took
     whole = not execution.elsewhere and not committed(specs["samples"])
     joules = None if whole else recorded_energy(build, specs, store)
-    record_run(build, specs, store, joules=joules)
+    record_run(build, specs, store, joules=joules, acknowledged=accepted)
     with measured() as energy:
         _run_stages(build.name, store, specs, execution)
     seconds = seconds_of(specs.values())
-    record_run(build, specs, store, seconds, energy.joules if whole else joules)
+    record_run(build, specs, store, seconds, energy.joules if whole else joules, accepted)
     figures = figures_of(build.name, specs)
     report = report_of(f"Dataset {build.name}", [figures], [specs], seconds)
     summary = _summary(build, specs, store, seconds)

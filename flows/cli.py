@@ -23,7 +23,7 @@ from flows.command import (
     with_execution,
 )
 from flows.contexts import contexts
-from flows.export_command import export
+from flows.export_command import export, verify_export
 from flows.growing import evaluate, grow
 from flows.leakage import leakage
 from flows.pack import app as pack_app
@@ -106,7 +106,7 @@ def demo(
     """
     from flows.presets import demo_builds, demo_store
 
-    check(demo_builds(), demo_store(out), execution)
+    execution = check(demo_builds(), demo_store(out), execution)
     show_log(verbose)
     from flows.demo import demo as demo_flow
     from flows.launch import launch
@@ -240,7 +240,7 @@ def sweep(
     from flows.sweep import cases, load_sweep
 
     described = load_sweep(name)
-    check([case.build for case in cases(described)], store, execution)
+    execution = check([case.build for case in cases(described)], store, execution)
     show_log(verbose)
     from flows.launch import launch
     from flows.sweep import run_sweep
@@ -276,6 +276,7 @@ app.command(
     "negfacediff export out faces --out train --format rec --identities 10000 --images-per-identity 50 "
     "--refill"
 )(export)
+app.command(epilog="Example: negfacediff verify-export train")(verify_export)
 app.command(epilog="Example: negfacediff whose face.jpg out")(whose)
 app.command(
     epilog="Examples:\n\nnegfacediff train-recogniser out demo --out trained --recipe small\n\n"

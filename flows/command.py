@@ -27,13 +27,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's l
 def with_execution(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every field of `ExecutionConfig` but those `left_out`.
 
-    What approval alone reads is left out with it.
+    What approval alone reads is left out with it. Where the device is, nothing is made that licences bear on.
 
     The options stand where the command's parameter `execution` does, which gets them checked; a ConfigError
     names an impossible value before the command begins.
     """
     if "approve_above_hours" in left_out:
         left_out += ("calibration",)
+    if "device" in left_out:
+        left_out += ("accept_licences",)
     fields = {name: field for name, field in ExecutionConfig.model_fields.items() if name not in left_out}
     options = [
         Parameter(
@@ -66,14 +68,18 @@ def with_execution(*left_out: str) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def check(builds: Sequence[BuildConfig], store: str, execution: ExecutionConfig) -> None:
-    """Check all inputs, as the flow does: here an error comes before Prefect starts."""
+def check(builds: Sequence[BuildConfig], store: str, execution: ExecutionConfig) -> ExecutionConfig:
+    """Check all inputs, as the flow does: here an error comes before Prefect starts.
+
+    The terms of the weights are shown, and asked for where that is due; returns `execution` with the answer.
+    """
+    from flows.acknowledgement import acknowledge_in_terminal
     from negfacediff_core.stages import plan_build
     from tasks.executors import check_available
 
     check_available(execution, *(one.samples.precision for one in builds))
-    for one in builds:
-        plan_build(one, store)
+    plans = [(one.name, {spec.name: spec for spec in plan_build(one, store)}) for one in builds]
+    return acknowledge_in_terminal(plans, store, execution)
 
 
 def show_log(verbose: bool) -> None:
@@ -93,7 +99,7 @@ def build_in(
 
     `run` launches another flow that makes it and returns what `build_dataset` does; None: that flow itself.
     """
-    check([config], store, execution)
+    execution = check([config], store, execution)
     show_log(verbose)
     if execution.approve_above_hours:
         from flows.approval import approve_in_terminal

@@ -36,7 +36,7 @@ ENTRYPOINTS = {
 # Flows that read no store; what they write lies beside the datasets.
 WITHOUT_STORE = ("verify-recogniser",)
 # Where flows that write beside the datasets write, below the store.
-OUT = {"compare": "comparison", "export-dataset": "export", "train-recogniser": "recogniser"}
+OUT = {"compare": "comparison"}
 # Flows whose units an executor runs.
 WITH_EXECUTOR = ("build-dataset", "grow-dataset", "evaluate", "resume-failed", "export-dataset")
 
@@ -79,7 +79,8 @@ _GOES_ON = (
 )
 _BRING = (
     "Bring the weights: the fields *generator*, *detector* and *judge* say where they are looked for; "
-    "`negfacediff weights check FOLDER` tells whether a folder will do."
+    "`negfacediff weights check FOLDER` tells whether a folder will do. Read their licences, then set "
+    "*accept licences* in *execution*."
 )
 
 
@@ -155,8 +156,9 @@ DEPLOYMENTS = (
         "export-dataset",
         "Writes the images of a finished run as trainers read them (a folder an identity, RecordIO, "
         "WebDataset, Hugging Face), chosen by status, quality, similarity and number, with their card and "
-        "checksums. *out* is a new folder on the machine that runs this; it gets its name when it is "
-        f"complete. {_GOES_ON}",
+        "checksums. *out* is yours to give: a new folder on the machine that runs this, best outside the "
+        "store, which gets its name when it is complete. The artifact *export* says what was written. "
+        f"{_GOES_ON}",
         (TAG, "export"),
         parameters=MappingProxyType({"run": "demo"}),
     ),
@@ -165,7 +167,8 @@ DEPLOYMENTS = (
         "train-recogniser",
         "Trains a recogniser on the aligned crops of a run, or of a folder, and writes it as ONNX. The form "
         "begins with the recipe *small*, for a CPU; `negfacediff train-recogniser --recipe paper` is the "
-        "published one. After a cancellation or a crash, run it again with the same parameters: it goes on "
+        "published one. *out* is yours to give: a folder on the machine that runs this, best outside the "
+        "store. After a cancellation or a crash, run it again with the same parameters: it goes on "
         "from its last checkpoint.",
         (TAG, "recogniser"),
         parameters=MappingProxyType({"run": "demo", "recipe": yaml.safe_load(recipe_text("small"))}),

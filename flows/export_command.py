@@ -1,16 +1,19 @@
 """`negfacediff export`: its options, and what it prints."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
 from flows.command import DEFAULTS, Verbose, print_places, show_log, with_execution
+from flows.export_result import result_lines
 from flows.resume import Store
 from flows.words import count_text, size_text
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.challenges import Challenge
+from negfacediff_core.export.manifest import MANIFEST
 from negfacediff_core.export.settings import (
     Encoding,
     ExportConfig,
@@ -18,8 +21,12 @@ from negfacediff_core.export.settings import (
     ExportImages,
     ImageStatus,
     RecordVariant,
+    check_out,
+    check_refill,
 )
 
+# Files with something wrong that are named; the rest are counted.
+_NAMED = 50
 _HELP = {name: field.description for name, field in ExportConfig.model_fields.items()}
 
 
@@ -45,7 +52,7 @@ def export(
     challenge: Annotated[Challenge, typer.Option(help=_HELP["challenge"])] = Challenge.none,
     filter_: Annotated[str, typer.Option("--filter", metavar="FILE", help=_HELP["filter"])] = "",
     refill: Annotated[
-        bool, typer.Option("--refill", help="Grow the run until there are as many as are asked for.")
+        bool, typer.Option("--refill", help="Grow the run until there are as many identities as asked for.")
     ] = False,
     execution: ExecutionConfig = DEFAULTS,
     verbose: Verbose = False,
@@ -54,7 +61,7 @@ def export(
 
     Running the same command again goes on where it stopped. The folder gets its name when it is complete.
     """
-    from negfacediff_core.stages.exported import check_exportable
+    from negfacediff_core.stages.exported import check_exportable, gated_from
     from negfacediff_core.store.runs import stages_of_run
     from negfacediff_core.store.status import check_store
 
@@ -74,10 +81,11 @@ def export(
         challenge=challenge,
         filter=filter_,
     )
-    if "://" in out:
-        raise ConfigError(f"--out {out!r} is no local folder: export to one, and copy it from there.")
+    check_out(out)
     check_store(store)
     check_exportable(stages_of_run(store, run), settings, run)
+    if refill:
+        check_refill(settings, run, gated_from(store, run))
     show_log(verbose)
     from flows.export import export_dataset
     from flows.launch import launch
@@ -91,7 +99,31 @@ def export(
         execution=execution,
         store=store,
     )
-    _print_result(result, settings)
+    for line in result_lines(result):
+        print(line)
+    print_places(images=result["out"], card=f"{result['out']}/README.md", sums=f"{result['out']}/{MANIFEST}")
+
+
+def verify_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of an export, also one that was copied or fetched.")],
+) -> None:
+    """Read every file of an export, and compare it with the SHA-256 in its manifest.json.
+
+    The exit code is 0 where all is as it was exported; otherwise 1, and each file that is not is named.
+    """
+    from flows.progress import CallbackBar
+    from negfacediff_core.export.manifest import check_manifest, read_head
+
+    with CallbackBar("check", "MB") as bar:
+        problems = list(check_manifest(folder, bar))
+    for problem in problems[:_NAMED]:
+        print(problem)
+    if len(problems) > _NAMED:
+        print(f"And {len(problems) - _NAMED:,} more.")
+    if problems:
+        raise typer.Exit(1)
+    total = read_head(folder)["total"]
+    print(f"{count_text(total['files'], 'file')}, {size_text(total['bytes'])}: all as they were exported.")
 
 
 def _settings(**values: Any) -> ExportConfig:
@@ -101,18 +133,3 @@ def _settings(**values: Any) -> ExportConfig:
         return ExportConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, ExportConfig)) from error
-
-
-def _print_result(result: dict[str, Any], settings: ExportConfig) -> None:
-    print(
-        f"{count_text(result['images'], 'image')} of {result['identities']:,} identities, "
-        f"{size_text(result['bytes'])}."
-    )
-    if result["short"]:
-        print(
-            f"Left out: {result['short']:,} identities with fewer than "
-            f"{count_text(result['needed'], 'usable image')}, which lack {result['missing']:,} together."
-        )
-    print(f"Licence: {result['licence']}. {' '.join(result['conditions'])}".rstrip())
-    out = result["out"]
-    print_places(images=out, card=f"{out}/README.md", sums=f"{out}/manifest.json")

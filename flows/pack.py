@@ -160,7 +160,8 @@ def evaluate(
         evaluate_pack,
         pack=out,
         store=str(work / "evaluation"),
-        execution=ExecutionConfig(workers=workers),
+        # of weights that are being made here
+        execution=ExecutionConfig(workers=workers, accept_licences=True),
         seeds=list(range(seeds)),
     )
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from negfacediff_core.config import BuildConfig
+from negfacediff_core.config import BuildConfig, Model
 from negfacediff_core.evaluation.figures import FIGURES, GROUPS, SETTINGS
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.stages.models import PROJECT
@@ -30,11 +30,12 @@ def record_run(
     store: str,
     seconds: float | None = None,
     joules: float | None = None,
+    acknowledged: Model | None = None,
 ) -> None:
     """Write `runs/<name>.json`: what the name stands for.
 
     `seconds` is None until the build is complete; `joules` is what the machine used meanwhile, None where
-    that is not known.
+    that is not known. `acknowledged` is which licences were accepted when, None where they did not need it.
     """
     write_run(
         store,
@@ -43,6 +44,7 @@ def record_run(
             "config": _settled(build, specs),
             "stages": _places(specs),
             "licences": licences_of(specs),
+            "acknowledged": None if acknowledged is None else acknowledged.model_dump(),
             "versions": installed_versions(),
             "seconds": seconds,
             "joules": joules,

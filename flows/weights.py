@@ -11,6 +11,7 @@ from rich.table import Table
 
 from negfacediff_core.config import ExecutionConfig, Precision
 from negfacediff_core.errors import ConfigError, WeightsError
+from negfacediff_core.export.licence import terms_of
 
 if TYPE_CHECKING:
     from negfacediff_core.weights import Inspection
@@ -110,10 +111,13 @@ def _tables(inspection: "Inspection", folder: Path, usual: Sequence[str]) -> Ite
         inside = file.path.relative_to(folder) if file.path != folder else file.path.name
         files.add_row(str(inside), file.role, f"{file.size:,}", file.sha256)
     yield files
-    licences = _table("licence to acknowledge" if inspection.licence else LICENCE_UNKNOWN)
+    licences = _table("licence" if inspection.licence else LICENCE_UNKNOWN)
     for licence in (inspection.licence,) if inspection.licence else usual:
         licences.add_row(licence)
     yield licences
+    terms = _table("terms of a dataset made with it (a build asks to accept what is more than credit)")
+    terms.add_row(terms_of([inspection.licence or ""]).text)
+    yield terms
     if inspection.trials:
         trials = _table("run once", "seconds", "outcome")
         for trial in inspection.trials:

@@ -3,12 +3,14 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
+
+from negfacediff_core.explained import explained
 
 
 def read_tensors(path: Path, device: str | None = None) -> Any:
@@ -29,9 +31,15 @@ def read_tensors(path: Path, device: str | None = None) -> Any:
 
 
 def write_tensors(path: Path, state: Any) -> None:
-    """`torch.save` in one piece: a crash leaves the file that was there, or the new one."""
+    """`torch.save`, `replacing` the file: a crash leaves the one that was there, or the new one."""
     with replacing(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # which torch raises over the disk's own error, where the disk took a part of the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 @contextmanager
@@ -39,15 +47,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` at the end: temporary, fsync, rename.
 
     Folders are made as needed. Where the block raises, `path` stays as it was and nothing is left behind.
+    Raises StoreError where it cannot be written: a PlaceError if the disk is full or read-only.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):  # the one above says more
+                partial.unlink()
+            raise

@@ -84,6 +84,7 @@ def tiny_pack(tmp_path_factory):
         judge = nn.Sequential(*pool)
     _export(BrightSpots(), folder / "faces" / "detector.onnx", 128)
     _export(judge, folder / "judge" / "judge.onnx", 112)
+    (folder / "LICENSE").write_text("CC0 1.0: random numbers\n")  # whose terms nobody need accept
     return folder
 
 

@@ -71,6 +71,12 @@ def test_the_nightly_growth_ends_where_the_demo_has_no_more_contexts():
     assert nightly.parameters["until_identities"] == len(there)
 
 
+@pytest.mark.parametrize("flow", ["export-dataset", "train-recogniser"])
+def test_where_files_go_is_asked_and_not_taken_from_the_store(flow):
+    form = next(one for one in DEPLOYMENTS if one.flow == flow).form("/data/faces")
+    assert "out" not in form and "out" in SCHEMAS[flow]["required"]
+
+
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one.full_name)
 def test_a_form_begins_with_values_that_it_takes(deployment):
     form = deployment.form("/data/faces")

@@ -8,26 +8,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from stage_builds import make
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from flows import export as flow
 from flows.cli import main
 from negfacediff_core.errors import ConfigError, DamagedError, StoreError
 from negfacediff_core.export import challenges, draft
 from negfacediff_core.export.challenges import Challenge
+from negfacediff_core.export.filter import filter_text
 from negfacediff_core.export.images import DIGITAL_SOURCE
-from negfacediff_core.export.manifest import check_manifest
+from negfacediff_core.export.manifest import MANIFEST, check_manifest, read_files, read_head
 from negfacediff_core.export.read_recordio import read_set
 from negfacediff_core.export.settings import ExportConfig
+from negfacediff_core.export.webdataset import member
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.records import forget
 from negfacediff_core.store.runs import read_run, stages_of_run, write_run
@@ -42,10 +47,9 @@ def no_sync(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def store(tiny_build, tmp_path_factory):
+def store(tiny_build, tiny_store, tmp_path_factory):
     """A finished run of 5 identities x 3 images, of which some show no face."""
-    store = tmp_path_factory.mktemp("export") / "store"
-    make(tiny_build, store)
+    store = shutil.copytree(tiny_store, tmp_path_factory.mktemp("export") / "store")
     record = read_run(str(store), "tiny")
     write_run(str(store), "tiny", {**record, "config": tiny_build.model_dump(mode="json"), "seconds": 1.0})
     return store
@@ -93,11 +97,54 @@ def test_a_folder_of_images_holds_the_crops_that_are_ok(store, usable, tmp_path)
         f"{rows[0]['path'].removeprefix('images/')} 0"
     )
     assert (result["images"], result["identities"]) == (len(rows), len(folders))
-    assert list(check_manifest(tmp_path / "out")) == []
-    (tmp_path / "out" / rows[0]["path"]).write_bytes(b"")
-    (tmp_path / "out" / "more").write_bytes(b"")
-    said = list(check_manifest(tmp_path / "out"))
-    assert said == [f"{rows[0]['path']} is not what was exported", "more is no part of the export"]
+    sizes = {path: len(data) for path, data in contents(tmp_path / "out").items() if path != MANIFEST}
+    assert {one.path: one.size for one in read_files(tmp_path / "out")} == sizes
+    assert read_head(tmp_path / "out")["total"] == {"files": len(sizes), "bytes": sum(sizes.values())}
+    assert json.loads((tmp_path / "out" / MANIFEST).read_text())["files"].keys() == sizes.keys()
+    assert result["bytes"] == sum(sizes.values())
+
+
+def test_what_became_of_a_copy_is_told(store, usable, tmp_path, capsys):
+    out = tmp_path / "out"
+    export(store, out)
+    paths = [row["path"] for row in labels_of(out)]
+    capsys.readouterr()
+
+    def checked():
+        with pytest.raises(SystemExit) as stop:
+            main(["verify-export", str(out)])
+        return stop.value.code, capsys.readouterr()
+
+    code, said = checked()
+    assert code == 0 and f"{usable.sum() + 6} files, " in said.out and "all as they were" in said.out
+    changed = bytearray((out / paths[1]).read_bytes())
+    changed[-1] ^= 1
+    (out / paths[1]).write_bytes(changed)
+    (out / paths[0]).unlink()
+    (out / "more").write_bytes(b"")
+    (out / ".git").mkdir()
+    (out / ".git" / "config").write_bytes(b"")
+    code, said = checked()
+    assert code == 1 and "config" not in said.out
+    for line in (f"{paths[0]} is missing", f"{paths[1]} is not what was exported", "more is no part of the"):
+        assert line in said.out
+    manifest = (out / MANIFEST).read_text()
+    for text in (manifest[:-20], manifest[:200], manifest.replace('"bytes": ', '"size": ')):
+        (out / MANIFEST).write_text(text)
+        code, said = checked()
+        assert code == 2 and "is damaged or of an earlier version" in said.err
+    (out / MANIFEST).unlink()
+    code, said = checked()
+    assert code == 2 and "is no export: there is no manifest.json" in said.err
+
+
+@pytest.mark.parametrize("lost", ["labels.csv", "images"])
+def test_an_export_that_lacks_files_does_not_count_as_complete(store, tmp_path, lost):
+    export(store, tmp_path / "out")
+    lost = tmp_path / "out" / lost
+    shutil.rmtree(lost) if lost.is_dir() else lost.write_bytes(b"")
+    with pytest.raises(ConfigError, match="is there already, and is not this export, or not all of it"):
+        export(store, tmp_path / "out")
 
 
 @pytest.mark.parametrize("encoding", ["png", "jpeg"])
@@ -140,6 +187,15 @@ def test_webdataset_reads_the_shards(store, usable, tmp_path, monkeypatch):
         assert (sample["png"] == crop).all() and sample["cls"] == int(row["label"])
         assert sample["json"]["identity"] == int(row["identity"])
         assert sample["json"]["norm"] == pytest.approx(float(row["norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "size"), [("0000001_0002.png", 7001), ("a" * 100, 0), ("1.cls", 512)])
+def test_headers_of_shards_are_those_of_tarfile(name, size):
+    described = tarfile.TarInfo(name)
+    described.size = size
+    header, data, filling = member(name, b"x" * size)
+    assert header == described.tobuf(tarfile.USTAR_FORMAT)
+    assert (len(data) + len(filling)) % 512 == 0 and len(filling) < 512
 
 
 @pytest.mark.slow  # the import of `datasets` takes seconds
@@ -206,7 +262,52 @@ def test_too_few_images_are_refused_with_what_lacks(store, usable, tmp_path):
         export(store, tmp_path / "out", min_quality=1e9)
     with pytest.raises(ConfigError, match="build it with embeddings"):
         export(store, tmp_path / "out", min_cosine=0.5)
+    with pytest.raises(ConfigError, match="have more made, with negfacediff grow"):
+        export(store, tmp_path / "out", min_quality=1e9)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("run", "asked", "said"),
+    [
+        ("tiny", {"identities": 9, "filter": "kept.csv"}, "new images, which are in no filter"),
+        ("tiny", {"images_per_identity": 3}, "enough identities: say how many"),
+        ("tiny.kept", {"identities": 9}, "what a leakage gate kept of tiny, and does not grow"),
+    ],
+)
+@pytest.mark.usefixtures("kept")
+def test_a_refill_that_cannot_help_is_refused_at_once(store, tmp_path, capsys, run, asked, said):
+    settings = ExportConfig(**asked)
+    with pytest.raises(ConfigError, match=said):
+        flow.export_dataset.fn(run, str(tmp_path / "out"), settings, refill=True, store=str(store))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(store), run, "--out", str(tmp_path / "out"), "--refill", *options])
+    assert stop.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("kept")
+def test_of_too_few_that_a_gate_kept_it_is_said_what_grows(store, tmp_path):
+    settings = ExportConfig(identities=9)
+    with pytest.raises(
+        ConfigError, match=r"grow the run that it came from \(negfacediff grow .* tiny\)"
+    ) as error:
+        flow.export_dataset.fn("tiny.kept", str(tmp_path / "out"), settings, store=str(store))
+    assert "--refill" not in str(error.value)
+
+
+def test_a_filter_of_another_run_is_refused(store, usable, tmp_path):
+    samples = stages_of_run(str(store), "tiny")["samples"].fingerprint
+    identity, replicate = np.argwhere(usable)[1].tolist()
+    kept = tmp_path / "kept.csv"
+    for source in (samples, ""):
+        kept.write_text(filter_text([("a", identity, replicate)], source))
+        export(store, tmp_path / f"out{source}", filter=str(kept))
+        (row,) = labels_of(tmp_path / f"out{source}")
+        assert [int(row["identity"]), int(row["replicate"])] == [identity, replicate]
+    kept.write_text(filter_text([("a", identity, replicate)], "0123456789abcdef"))
+    with pytest.raises(ConfigError, match=f"of samples/0123456789abcdef, not of samples/{samples}"):
+        export(store, tmp_path / "other", filter=str(kept))
 
 
 def test_a_run_that_is_not_finished_is_refused(store, tmp_path):
@@ -260,6 +361,75 @@ def written_until(written, made, job, folder, workers, pieces):
     return first_alone()
 
 
+@pytest.mark.parametrize("form", ["imagefolder", "huggingface"])
+def test_images_that_a_power_failure_has_taken_are_written_again(store, tmp_path, monkeypatch, form):
+    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
+    export(store, tmp_path / "whole", format=form)
+    whole = contents(tmp_path / "whole")
+    written = flow.written_pieces
+    monkeypatch.setattr(flow, "_complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(store, tmp_path / "out", format=form)
+    first, second, *_ = sorted(path for path in whole if path.startswith(("images/", "data/")))
+    (tmp_path / "out.partial" / first).write_bytes(b"")
+    (tmp_path / "out.partial" / second).unlink()
+    made = []
+
+    def counted(job, folder, workers, pieces):
+        made.extend(piece.number for piece in pieces)
+        return written(job, folder, workers, pieces)
+
+    monkeypatch.undo()
+    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
+    monkeypatch.setattr(flow, "written_pieces", counted)
+    export(store, tmp_path / "out", format=form)
+    assert contents(tmp_path / "out") == whole and list(check_manifest(tmp_path / "out", ignored)) == []
+    assert made and made[0] == 0 and len(made) <= 2
+
+
+def interrupted(*arguments):
+    """The process is killed here."""
+    raise KeyboardInterrupt
+
+
+def ignored(done, total):
+    """Progress that nobody looks at."""
+
+
+def test_a_disk_that_does_not_keep_an_image_is_noticed_at_once(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pread", lambda handle, length, offset: bytes(length - 1))
+    with pytest.raises(DamagedError, match=r"\.png does not hold what was written there"):
+        export(store, tmp_path / "out")
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    with draft.draft(tmp_path / "out", "plan") as begun:
+        for number in range(5):
+            begun.append({f"shard-{number}.tar": bytes(number + 1), "labels.csv": b"line"}, [])
+        # the last shard, the labels, and a lock and two lists of the draft's own
+        held = {path.resolve() for path in Path("/proc/self/fd").iterdir()}
+        names = {path.name for path in begun.folder.iterdir() if path in held}
+        assert names == {".lock", ".own", ".sums", "labels.csv", "shard-4.tar"}
+        begun.checkpoint()
+    for number in range(5):
+        path = tmp_path / "out.partial" / f"shard-{number}.tar"
+        path.write_bytes(path.read_bytes() + b"torn")
+    with draft.draft(tmp_path / "out", "plan") as begun:
+        assert begun.pieces == 5
+        assert [path.stat().st_size for path in sorted(begun.folder.glob("*.tar"))] == [1, 2, 3, 4, 5]
+
+
+def test_errors_of_other_places_are_not_said_to_be_the_exports(tmp_path):
+    with pytest.raises(FileNotFoundError), draft.draft(tmp_path / "out", "plan"):
+        (tmp_path / "elsewhere").read_bytes()
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(StoreError, match=r"cannot write .*out.partial.*: a file stands where"),
+        draft.draft(tmp_path / "file" / "out", "plan"),
+    ):
+        pass
+
+
 def test_the_same_again_does_nothing_and_another_is_refused(store, tmp_path, monkeypatch):
     export(store, tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -303,7 +473,9 @@ def test_a_disk_that_forgets_is_noticed(store, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_a_gate_kept_is_exported_as_any_other(store, usable, tmp_path):
+@pytest.fixture(scope="module")
+def kept(store):
+    """A run as a leakage gate keeps it."""
     record = read_run(str(store), "tiny")
     settings = {"gallery": "gallery", "policy": "drop", "fmr": 0.001}
     write_run(
@@ -311,6 +483,10 @@ def test_a_run_that_a_gate_kept_is_exported_as_any_other(store, usable, tmp_path
         "tiny.kept",
         {"stages": record["stages"], "gate": {"run": "tiny", "settings": settings}, "versions": {}},
     )
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_run_that_a_gate_kept_is_exported_as_any_other(store, usable, tmp_path):
     result = flow.export_dataset.fn("tiny.kept", str(tmp_path / "out"), execution=ONE, store=str(store))
     assert result["images"] == usable.sum()
     assert "A leakage gate took out" in (tmp_path / "out" / "README.md").read_text()
@@ -361,14 +537,16 @@ def _alive(session):
 def test_refill_grows_the_run_until_there_are_enough(store, usable, tmp_path):
     shutil.copytree(store, tmp_path / "store")
     before = contents(tmp_path / "store")
-    result = flow.export_dataset(
+    state = flow.export_dataset(
         "tiny",
         str(tmp_path / "out"),
         ExportConfig(identities=6, images_per_identity=2),
         refill=True,
-        execution=ONE,
+        execution=ONE.model_copy(update={"accept_licences": True}),
         store=str(tmp_path / "store"),
+        return_state=True,
     )
+    result = state.result()
     rows = labels_of(tmp_path / "out")
     assert (result["images"], result["identities"]) == (12, 6)
     assert [int(row["label"]) for row in rows] == np.repeat(range(6), 2).tolist()
@@ -378,6 +556,12 @@ def test_refill_grows_the_run_until_there_are_enough(store, usable, tmp_path):
     assert set(np.flatnonzero(usable.sum(axis=1) >= 2)) <= set(chosen)
     after = contents(tmp_path / "store")
     assert all(after[path] == data for path, data in before.items() if "/done/" in path)
+    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+    with get_client(sync_client=True) as client:
+        shown = {one.key: one.data for one in client.read_artifacts(artifact_filter=mine)}
+    assert shown["dataset-export"] == 100
+    assert "12 images of 6 identities" in shown["export"] and f"`{tmp_path / 'out'}`" in shown["export"]
+    assert "Left out: " in shown["export"] and "Licence: CC0 1.0." in shown["export"]
 
 
 @pytest.mark.slow
@@ -401,7 +585,7 @@ def test_the_command_says_what_it_wrote_and_what_was_left_out(store, usable, tmp
     said = capsys.readouterr().out
     short = int((usable.sum(axis=1) < 2).sum())
     assert f"Left out: {short} identities with fewer than 2 usable images" in said
-    assert "Licence: Not determined. Do not publish" in said and f"{tmp_path / 'out'}/README.md" in said
+    assert "Licence: CC0 1.0." in said and f"{tmp_path / 'out'}/README.md" in said
     for options, wrong in (
         (["--out", "s3://bucket/out"], "no local folder"),
         (["--out", str(tmp_path / "new"), "--status", "no_face"], "have no aligned crop"),

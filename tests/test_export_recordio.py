@@ -28,9 +28,7 @@ def samples_of(described):
     """Samples with images of odd lengths, some of which hold the magic number."""
     labels = np.repeat(np.arange(len(described.counts)), described.counts)
     return [
-        Sample(
-            n, int(label), 10 * int(label) + 10, n, MAGIC * (n % 3) + bytes([n]) * (n + 1), {"norm": n / 8}
-        )
+        Sample(n, int(label), 10 * int(label) + 10, n, MAGIC * (n % 3) + bytes([n]) * (n + 1), (n / 8,))
         for n, label in enumerate(labels)
     ]
 

@@ -237,6 +237,7 @@ EXECUTION = {
     "approve_above_hours": 1.0,
     "calibration": "h100",
     "adaptive": True,
+    "accept_licences": True,
 }
 
 

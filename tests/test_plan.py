@@ -109,9 +109,8 @@ def test_presets_are_planned_before_their_weights_are_there(name, tmp_path):
     assert not (tmp_path / "store").exists()
     assert len(plan.assumed) == 3 and "full-size network of IDiff-Face is assumed" in plan.assumed[0]
     assert plan.gflop == pytest.approx(13.5, rel=0.01)
-    # the challenge has 10,000 identities; papers, 10,050, whose last block of 8 is filled up
-    images, rows = (500_000, 500_000) if name == "frcsyn-500k" else (502_500, 502_800)
-    assert (plan.images, plan.stages["samples"].rows) == (images, rows)
+    # 10,050 identities, whose last block of 8 is filled up
+    assert (plan.images, plan.stages["samples"].rows) == (502_500, 502_800)
     assert plan.task_runs < 500
     assert 30e9 < sum(stage.bytes for stage in plan.stages.values()) < 60e9
     for sentence in plan.assumed:

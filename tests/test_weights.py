@@ -161,6 +161,7 @@ def test_a_model_pack_is_described_hashed_and_run(tmp_path, check):
         assert row(shown, f"{name}.onnx", role, f"{len(content):,}", hashlib.sha256(content).hexdigest())
     assert "0 faces in a blank image of 128 x 128" in shown
     assert "finite, 20 wide, of a crop of 112 x 112" in shown
+    assert "Not determined. Do not publish" in shown
     for licence in (
         "insightface model packs: non-commercial research",
         "IDiff-Face, ElasticFace: CC BY-NC-SA 4.0",
@@ -171,6 +172,7 @@ def test_a_model_pack_is_described_hashed_and_run(tmp_path, check):
 def test_a_single_network_is_run_and_a_lone_state_dict_is_told_where_it_belongs(generator, check):
     code, shown, _ = check(DEMO / "judge" / "judge.onnx")
     assert code == 0 and "single file" in shown and "finite, 128 wide" in shown
+    assert row(shown, "Apache-2.0.")
     names = {
         UNET_FILE: "a U-Net in the IDiff-Face layout",
         DECODER_FILE: "a VQ first stage in the CompVis layout",
@@ -254,6 +256,33 @@ def test_a_licence_is_read_beside_the_weights_or_in_their_pack_and_nowhere_else(
     (generator / "LICENCE.txt").write_text("\n  Attribution-NonCommercial\n 4.0\n\nBy exercising ...\n")
     assert licence_of(generator) == licence_of(generator / CONFIG_FILE.parent.parent / "x.pt")
     assert licence_of(generator) == "Attribution-NonCommercial 4.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "Creative Commons Legal Code\n\nCC0 1.0 Universal\n\nfor any purpose, also commercial",
+            "CC0 1.0 Universal",
+        ),
+        (
+            "MIT License\n\nCopyright 2020\n\nPermission is granted. The models are for non-commercial\n"
+            "research purposes only. They come as they are.",
+            "MIT License [...] The models are for non-commercial research purposes only",
+        ),
+        (f"MIT {'x' * 296}, no commercial use", f"MIT {'x' * 296} [...] {'x' * 148}, no commercial use"),
+        ("", ""),
+    ],
+)
+def test_a_licence_is_shortened_but_for_what_it_restricts(tmp_path, text, shown):
+    (tmp_path / "LICENSE").write_text(text)
+    assert licence_of(tmp_path) == shown
+
+
+def test_all_licences_beside_weights_count(tmp_path):
+    (tmp_path / "LICENSE").write_text("MIT License\n")
+    (tmp_path / "LICENSE-weights").write_text("CC BY-NC 4.0\n")
+    assert licence_of(tmp_path) == "MIT License; CC BY-NC 4.0"
 
 
 def test_the_configuration_is_what_is_shown(generator):

@@ -67,6 +67,12 @@ class ExecutionConfig(Model):
         "worker of a Dask scheduler), or by what is stored of such devices: slurm and kubernetes cannot be "
         "timed. Of a100 and h100 the least possible time is known alone.",
     )
+    accept_licences: bool = Field(
+        default=False,
+        description="Accept what the licences of the weights ask of a dataset, where that is more than "
+        "credit: read them first. A terminal asks; in Prefect a build ends at once without it. What a run of "
+        "the store has accepted is not asked again.",
+    )
 
     @property
     def elsewhere(self) -> bool:

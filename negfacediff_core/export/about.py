@@ -15,8 +15,9 @@ class About:
 
     `run` is its name in the store, `made` the date of its newest image (ISO), `settings` what was asked of
     the export, `method` how the images were made and `figures` what the evaluation of the whole run found, by
-    title. `licences` are those of the weights, with `part`, `licence` and `source`, and `terms` what
-    follows from them. `gate` says what a leakage gate took out, None where none did.
+    title. `licences` are those of the weights, with `part`, `licence` and `source`, `terms` what follows from
+    them, and `acknowledged` the date (ISO) when whoever built it accepted them, None where no record says so.
+    `gate` says what a leakage gate took out, None where none did.
     """
 
     run: str
@@ -28,6 +29,7 @@ class About:
     figures: Mapping[str, str]
     licences: Sequence[Mapping[str, str]]
     terms: Terms
+    acknowledged: str | None
     gate: str | None
     files: Sequence[FileSum]
 
@@ -51,6 +53,23 @@ class About:
         counts = self.layout.counts
         least, most = int(counts.min()), int(counts.max())
         return f"{least:,}" if least == most else f"{least:,} to {most:,}, {counts.mean():.1f} on average"
+
+    @property
+    def uses(self) -> str:
+        """What it is for."""
+        return USES if self.terms.permissive else f"{USES} Only as the terms of its licence allow."
+
+    @property
+    def accepted(self) -> str:
+        """Who accepted its terms; empty where they ask for credit at most."""
+        if self.terms.permissive:
+            return ""
+        if self.acknowledged:
+            return f"Whoever built the dataset accepted these terms on {self.acknowledged}."
+        return (
+            "Not acknowledged: no record says that whoever built the dataset accepted these terms. Building "
+            "the run again, with nothing made anew, asks for it."
+        )
 
 
 NO_REAL_PEOPLE = (

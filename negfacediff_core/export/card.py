@@ -1,9 +1,10 @@
 """README.md: the dataset's card, with the YAML that Hugging Face reads."""
 
 import json
+import re
 from collections.abc import Mapping
 
-from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, USES, About, checked_for_leakage
+from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, About, checked_for_leakage
 from negfacediff_core.export.challenges import CHALLENGES
 
 # How each format is read, by whoever has it.
@@ -36,7 +37,15 @@ _DATA_FILES = {
     "webdataset": "shard-*.tar",
     "huggingface": "data/train-*.parquet",
 }
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
+# Hugging Face's words for numbers of three digits at most, of four, of five ...
+_SIZES = (
+    "n<1K",
+    *("1K<n<10K", "10K<n<100K", "100K<n<1M"),
+    *("1M<n<10M", "10M<n<100M", "100M<n<1B"),
+    *("1B<n<10B", "10B<n<100B", "100B<n<1T"),
+    "n>1T",
+)
+LICENCE_PAGE = "LICENSE.md"
 
 
 def card(about: About) -> str:
@@ -51,15 +60,21 @@ def card(about: About) -> str:
         "Every image says so itself: IPTC's DigitalSourceType `trainedAlgorithmicMedia` stands in its XMP.",
         f"## Reading it\n\n{reading.replace('SUFFIX', about.layout.suffix)}",
         f"## Licence\n\n{_licence(about)}",
-        f"## Uses\n\n**For:** {USES}\n\n**Not for:** {NOT_FOR}",
+        f"## Uses\n\n**For:** {about.uses}\n\n**Not for:** {NOT_FOR}",
         f"## Limits\n\n{LIMITS}\n\n**Real people among the faces:** {checked_for_leakage(about)}",
         f"## How it was made\n\n{table(('', ''), about.method)}",
         "## Figures\n\nBy the evaluation of the whole run, of which this may be a selection.\n\n"
         + table(("figure", "value"), about.figures),
         "## Files\n\n`manifest.json` lists every file with its SHA-256, and what all was made from; "
-        "`DATASHEET.md` answers the usual questions; `croissant.json` says the same to machines.",
+        "`negfacediff verify-export .` in this folder tells whether all of it is there. `DATASHEET.md` "
+        "answers the usual questions; `croissant.json` says the same to machines.",
     )
     return f"---\n{_front_matter(about)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def licence_page(about: About) -> str:
+    """Return LICENSE.md: the terms of the dataset, for those who look for a file of that name."""
+    return f"# Licence of {about.title}\n\n{_licence(about)}\n"
 
 
 def table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
@@ -86,16 +101,18 @@ def _licence(about: About) -> str:
     name = f"[{about.terms.name}]({about.terms.url})" if about.terms.url else about.terms.name
     said = f"**{name}**: it follows from the licences of the weights that made the images. No legal advice."
     conditions = "\n".join(f"- {condition}" for condition in about.terms.conditions)
-    return "\n\n".join(part for part in (said, conditions, licence_table(about)) if part)
+    parts = (said, conditions, about.accepted, licence_table(about))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _front_matter(about: About) -> str:
     """The YAML; strings are written as JSON, which is YAML, so that none can end it."""
     terms, form = about.terms, about.settings["format"]
-    size = next((name for most, name in _SIZES if about.layout.images < most), "n>1M")
+    size = _SIZES[max(0, len(str(about.layout.images)) - 3)]
     lines = [f"license: {terms.identifier}"]
     if terms.identifier == "other":
-        lines += [f"license_name: {json.dumps(terms.name.lower().replace(' ', '-'))}"]
+        name = re.sub("[^a-z0-9.]+", "-", terms.name.lower())
+        lines += [f"license_name: {json.dumps(name)}", f"license_link: {terms.url or LICENCE_PAGE}"]
     lines += [
         f"pretty_name: {json.dumps(about.title)}",
         "task_categories:\n- image-classification",

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, USES, About, checked_for_leakage
+from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, About, checked_for_leakage
 from negfacediff_core.export.images import SUFFIXES
 from negfacediff_core.export.layout import LABELS
 
@@ -28,17 +28,15 @@ CONTEXT: dict[str, Any] = {
     "sc": "https://schema.org/",
     **{term: f"cr:{term}" for term in _TERMS.split()},
 }
-# The files of a format that are listed one by one; all others are of a set.
-_SETS = {
-    "imagefolder": ("images/*/*", None),
-    "webdataset": ("shard-*.tar", "application/x-tar"),
-    "huggingface": ("data/*.parquet", "application/x-parquet"),
-}
+# The files of a format that are of a set, by their pattern; all others are listed one by one. Those of
+# WebDataset are inside of its shards, and RecordIO has none: Croissant cannot read it.
+_SETS = {"imagefolder": "images/*/*", "webdataset": "*", "huggingface": "data/*.parquet"}
 _TYPES = {
     "csv": "text/csv",
     "txt": "text/plain",
     "tsv": "text/tab-separated-values",
     "json": "application/json",
+    "tar": "application/x-tar",
 }
 _KEYS = {"imagefolder": "path", "rec": "key", "webdataset": "key", "huggingface": "path"}
 
@@ -58,10 +56,9 @@ def croissant(about: About) -> str:
         "datePublished": about.made,
         "keywords": ["synthetic", "faces", "face recognition", "diffusion"],
         "isLiveDataset": False,
-        "creator": {"@type": "Organization", "name": f"negfacediff {about.version}"},
         **_responsible(about),
         "distribution": _distribution(about),
-        "recordSet": [_records(about)],
+        "recordSet": [_records(about), *_images(about)],
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -83,7 +80,7 @@ def _responsible(about: About) -> dict[str, Any]:
         ],
         "rai:dataLimitations": [LIMITS],
         "rai:dataBiases": ["Those of the generator's training images; not adjusted."],
-        "rai:dataUseCases": [USES, f"Not for: {NOT_FOR}"],
+        "rai:dataUseCases": [about.uses, f"Not for: {NOT_FOR}", *about.terms.conditions],
         "rai:dataSocialImpact": "Recognisers can be trained without photographs of people who were not "
         "asked; they can be misused as any can.",
         "rai:personalSensitiveInformation": [
@@ -95,8 +92,8 @@ def _responsible(about: About) -> dict[str, Any]:
 def _distribution(about: About) -> list[dict[str, Any]]:
     """Single files with their SHA-256, and a set for what a format has many of."""
     form = about.settings["format"]
-    pattern, type_ = _SETS.get(form, ("", None))
-    first = pattern.split("*")[0]
+    pattern = _SETS.get(form)
+    own = pattern.split("*")[0] if pattern else ""
     listed = [
         {
             "@type": "cr:FileObject",
@@ -108,29 +105,29 @@ def _distribution(about: About) -> list[dict[str, Any]]:
             "sha256": one.sha256,
         }
         for one in about.files
-        if not (first and one.path.startswith(first))
+        if not (own and one.path.startswith(own))
     ]
-    if not pattern:
+    if pattern is None:
         return listed
     encoding = {suffix: name for name, suffix in SUFFIXES.items()}[about.layout.suffix]
-    return [
-        *listed,
-        {
-            "@type": "cr:FileSet",
-            "@id": "data",
-            "name": "data",
-            "description": "The images; manifest.json lists every file with its SHA-256.",
-            "encodingFormat": type_ or f"image/{encoding}",
-            "includes": pattern,
-        },
-    ]
+    files: dict[str, Any] = {
+        "@type": "cr:FileSet",
+        "@id": "data",
+        "name": "data",
+        "description": "The images; manifest.json lists every file with its SHA-256.",
+        "encodingFormat": "application/x-parquet" if form == "huggingface" else f"image/{encoding}",
+        "includes": pattern,
+    }
+    if form == "webdataset":
+        files["includes"] += f".{about.layout.suffix}"
+        files["containedIn"] = [{"@id": one["@id"]} for one in listed if one["@id"].endswith(".tar")]
+    return [*listed, files]
 
 
 def _records(about: About) -> dict[str, Any]:
     """A record an image, from labels.csv."""
     key = _KEYS[about.settings["format"]]
-    types = {key: "sc:Text", **dict.fromkeys(("label", "identity", "replicate"), "sc:Integer")}
-    types |= dict.fromkeys(about.layout.facts, "sc:Float")
+    columns = {key: "sc:Text", **_columns(about)}
     return {
         "@type": "cr:RecordSet",
         "@id": "labels",
@@ -138,20 +135,65 @@ def _records(about: About) -> dict[str, Any]:
         "description": "A record an image: where it is, who it shows, and what is known of it.",
         "key": {"@id": f"labels/{key}"},
         "field": [
-            {
-                "@type": "cr:Field",
-                "@id": f"labels/{name}",
-                "name": name,
-                "description": _MEANINGS[name],
-                "dataType": type_,
-                "source": {"fileObject": {"@id": LABELS}, "extract": {"column": name}},
-            }
-            for name, type_ in types.items()
+            _field("labels", name, type_, {"fileObject": {"@id": LABELS}, "extract": {"column": name}})
+            for name, type_ in columns.items()
         ],
     }
 
 
+def _images(about: About) -> list[dict[str, Any]]:
+    """A record an image with the image itself: with its labels, or with what leads to them."""
+    form = about.settings["format"]
+    if form not in _SETS:
+        return []
+    data = {"fileSet": {"@id": "data"}}
+    if form == "huggingface":
+        image = {"extract": {"column": "image"}, "transform": {"jsonPath": "bytes"}}
+        others = [
+            _field("images", name, type_, {**data, "extract": {"column": name}})
+            for name, type_ in _columns(about).items()
+        ]
+    else:
+        image, key = {"extract": {"fileProperty": "content"}}, _KEYS[form]
+        place: dict[str, Any] = {**data, "extract": {"fileProperty": "fullpath"}}
+        if form == "webdataset":
+            place["transform"] = {"regex": r"(?:.*/)?([^/]*)\.\w+$"}
+        others = [
+            {
+                **_field("images", key, "sc:Text", place),
+                "references": {"field": {"@id": f"labels/{key}"}},
+            }
+        ]
+    return [
+        {
+            "@type": "cr:RecordSet",
+            "@id": "images",
+            "name": "images",
+            "description": "The images.",
+            "field": [_field("images", "image", "sc:ImageObject", {**data, **image}), *others],
+        }
+    ]
+
+
+def _columns(about: About) -> dict[str, str]:
+    """What is known of an image besides where it is, and the type of each."""
+    numbers = dict.fromkeys(("label", "identity", "replicate"), "sc:Integer")
+    return numbers | dict.fromkeys(about.layout.facts, "sc:Float")
+
+
+def _field(records: str, name: str, type_: str, source: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "@type": "cr:Field",
+        "@id": f"{records}/{name}",
+        "name": name,
+        "description": _MEANINGS[name],
+        "dataType": type_,
+        "source": source,
+    }
+
+
 _MEANINGS = {
+    "image": "The image.",
     "path": "Path or name of the image.",
     "key": "Key of the image.",
     "label": "Class, from 0.",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, USES, About, checked_for_leakage
+from negfacediff_core.export.about import LIMITS, NO_REAL_PEOPLE, NOT_FOR, About, checked_for_leakage
 from negfacediff_core.export.card import licence_table, table
 
 
@@ -10,10 +10,10 @@ def datasheet(about: About) -> str:
     """Return the datasheet in Markdown."""
     asked = {name: _text(value) for name, value in about.settings.items() if value is not None}
     facts = ", ".join(about.layout.facts)
-    conditions = " ".join(about.terms.conditions)
+    terms = f"{about.terms.text} {about.accepted}".rstrip()
     answers = {
         "Motivation": {
-            "For what purpose was it created?": USES,
+            "For what purpose was it created?": about.uses,
             "Who created it?": "Whoever ran the build: fill in your name before you publish it.",
         },
         "Composition": {
@@ -40,9 +40,9 @@ def datasheet(about: About) -> str:
         "Preprocessing": {
             "Was the data preprocessed?": _preprocessing(about),
         },
-        "Uses": {"What may it be used for?": USES, "What should it not be used for?": NOT_FOR},
+        "Uses": {"What may it be used for?": about.uses, "What should it not be used for?": NOT_FOR},
         "Distribution": {
-            "Under which licence?": f"{about.terms.name}. {conditions}\n\n{licence_table(about)}",
+            "Under which licence?": f"{terms}\n\n{licence_table(about)}",
         },
         "Maintenance": {
             "Who maintains it?": "Whoever publishes it: fill in how you can be reached.",

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,23 +25,14 @@ def write(piece: int, samples: Sequence[Sample], layout: Layout) -> Written:
     """Make one Parquet file of a piece."""
     path = f"data/train-{piece:05d}-of-{layout.pieces:05d}.parquet"
     keys = [f"{sample_name(sample)}.{layout.suffix}" for sample in samples]
-    images = [{"bytes": one.image, "path": key} for one, key in zip(samples, keys, strict=True)]
-    columns: dict[str, Any] = {
-        "image": images,
-        "label": [sample.label for sample in samples],
-        "identity": [sample.identity for sample in samples],
-        "replicate": [sample.replicate for sample in samples],
-        **{name: [sample.facts[name] for sample in samples] for name in layout.facts},
-    }
-    buffer = pa.BufferOutputStream()
+    schema, buffer = _schema(layout), pa.BufferOutputStream()
     # images are compressed already
-    compression = {name: "zstd" for name in columns if name != "image"}
-    pq.write_table(
-        pa.table(columns, schema=_schema(layout)),
-        buffer,
-        row_group_size=_GROUP,
-        compression={**compression, "image.bytes": "none", "image.path": "zstd"},
-    )
+    compression = {name: "zstd" for name in schema.names if name != "image"}
+    compression |= {"image.bytes": "none", "image.path": "zstd"}
+    with pq.ParquetWriter(buffer, schema, compression=compression) as file:
+        for start in range(0, len(samples), _GROUP):
+            group = slice(start, start + _GROUP)
+            file.write_table(_table(samples[group], keys[group], schema))
     return Written(
         files={path: buffer.getvalue().to_pybytes()},
         appends={LABELS: label_lines("path", keys, samples, layout)},
@@ -51,6 +41,13 @@ def write(piece: int, samples: Sequence[Sample], layout: Layout) -> Written:
 
 def finish(folder: Path, layout: Layout) -> None:
     """Nothing is left to do: every Parquet file is whole."""
+
+
+def _table(samples: Sequence[Sample], keys: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """The rows of a row group."""
+    _, labels, identities, replicates, images, facts = zip(*samples, strict=True)
+    image = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(keys)], ["bytes", "path"])
+    return pa.table([image, labels, identities, replicates, *zip(*facts, strict=True)], schema=schema)
 
 
 def _schema(layout: Layout) -> pa.Schema:

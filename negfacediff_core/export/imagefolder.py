@@ -13,14 +13,12 @@ FOLDER = "images"
 
 def write(piece: int, samples: Sequence[Sample], layout: Layout) -> Written:
     """Make files of samples: `images/<identity>/<image>.<suffix>`."""
-    paths = [f"{identity_name(one.identity)}/{one.replicate:04d}.{layout.suffix}" for one in samples]
-    listed = "".join(f"{path} {one.label}\n" for path, one in zip(paths, samples, strict=True))
+    names = [f"{identity_name(one.identity)}/{one.replicate:04d}.{layout.suffix}" for one in samples]
+    paths = [f"{FOLDER}/{name}" for name in names]
+    listed = [f"{name} {one.label}\n" for name, one in zip(names, samples, strict=True)]
     return Written(
-        files={f"{FOLDER}/{path}": one.image for path, one in zip(paths, samples, strict=True)},
-        appends={
-            LABELS: label_lines("path", [f"{FOLDER}/{path}" for path in paths], samples, layout),
-            LIST: listed.encode(),
-        },
+        files={path: one.image for path, one in zip(paths, samples, strict=True)},
+        appends={LABELS: label_lines("path", paths, samples, layout), LIST: "".join(listed).encode()},
     )
 
 

@@ -1,8 +1,9 @@
 """What all formats of an export have in common: names, samples, and what is known before the first image."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +37,18 @@ class Layout:
         return int(self.counts.sum())
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image: its `number` among all, from 0, who it shows, where it is in the store, and its bytes."""
+class Sample(NamedTuple):
+    """An image: its `number` among all, from 0, who it shows, where it is in the store, and its bytes.
+
+    `facts` are in the order of the layout's, NaN where one is not known.
+    """
 
     number: int
     label: int
     identity: int
     replicate: int
     image: bytes
-    facts: Mapping[str, float]
+    facts: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,10 @@ def label_lines(key: str, keys: Sequence[str], samples: Sequence[Sample], layout
 
     `key` is the name of the first column, which tells where the format keeps the image, and `keys` hold it.
     """
-    lines = []
-    if samples[0].number == 0:
-        lines.append(",".join([key, "label", "identity", "replicate", *layout.facts]))
-    for place, sample in zip(keys, samples, strict=True):
-        facts = (_cell(sample.facts[name]) for name in layout.facts)
-        lines.append(",".join([place, f"{sample.label},{sample.identity},{sample.replicate}", *facts]))
-    return "".join(f"{line}\n" for line in lines).encode()
-
-
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+    head = ",".join([key, "label", "identity", "replicate", *layout.facts])
+    lines = [head] if samples[0].number == 0 else []
+    for place, (_, label, identity, replicate, _, facts) in zip(keys, samples, strict=True):
+        cells = "".join(["," if isnan(value) else f",{value:.6g}" for value in facts])
+        lines.append(f"{place},{label},{identity},{replicate}{cells}")
+    lines.append("")
+    return "\n".join(lines).encode()

@@ -64,11 +64,6 @@ def read_set(folder: Path) -> RecordSet:
     return RecordSet(images, classes, height, width, ranges)
 
 
-def offsets_of(path: Path) -> Iterator[int]:
-    """Yield the byte offset of every record; raises as `read_records`."""
-    return (offset for offset, _ in read_records(path))
-
-
 def read_records(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the byte offset and the payload of every record of a file, its parts put together.
 

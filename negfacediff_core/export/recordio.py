@@ -16,12 +16,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.layout import LABELS, Layout, Sample, Written, identity_name, label_lines
-from negfacediff_core.export.read_recordio import FLAG_SHIFT, HEADER, MAGIC, offsets_of
+from negfacediff_core.export.read_recordio import FLAG_SHIFT, HEADER, MAGIC
 
 RECORDS, INDEX, PROPERTY, LIST = "train.rec", "train.idx", "property", "train.tsv"
+# Bytes of each record, uint32, from which the index follows; no file of a finished export.
+LENGTHS = ".lengths"
 #: Whole numbers that a float32 label holds exactly end here.
 MOST = 2**24
 
@@ -42,12 +45,15 @@ def write(piece: int, samples: Sequence[Sample], layout: Layout) -> Written:
     """Make records of samples; those of the first piece come behind the header, where there is one."""
     first = int(layout.variant == "header")
     keys = [first + sample.number for sample in samples]
-    content = bytearray()
+    records = []
     if first and piece == 0:
-        content += record(pack((layout.images + 1, layout.images + 1 + len(layout.identities)), 0))
-    for key, sample in zip(keys, samples, strict=True):
-        content += record(pack(sample.label, key, sample.image))
-    appends = {RECORDS: bytes(content), LABELS: label_lines("key", [*map(str, keys)], samples, layout)}
+        records.append(record(pack((layout.images + 1, layout.images + 1 + len(layout.identities)), 0)))
+    records += [record(pack(one.label, key, one.image)) for key, one in zip(keys, samples, strict=True)]
+    appends = {
+        RECORDS: b"".join(records),
+        LENGTHS: _lengths(records).tobytes(),
+        LABELS: label_lines("key", [*map(str, keys)], samples, layout),
+    }
     if not first:
         # the path is what it would be in a folder of images
         lines = (
@@ -60,13 +66,16 @@ def write(piece: int, samples: Sequence[Sample], layout: Layout) -> Written:
 
 def finish(folder: Path, layout: Layout) -> None:
     """Write the identities' records, the index of all records, and what classes and size they have."""
+    lengths = np.fromfile(folder / LENGTHS, "<u4")
     if layout.variant == "header":
-        ends = np.concatenate([[1], 1 + np.cumsum(layout.counts)])
+        ends = np.concatenate([[1], 1 + np.cumsum(layout.counts)]).tolist()
+        records = [record(pack(keys, layout.images + 1 + label)) for label, keys in enumerate(pairwise(ends))]
         with (folder / RECORDS).open("ab") as file:
-            for label, (start, stop) in enumerate(pairwise(ends.tolist())):
-                file.write(record(pack((start, stop), layout.images + 1 + label)))
-    index = (f"{key}\t{offset}\n" for key, offset in enumerate(offsets_of(folder / RECORDS)))
-    (folder / INDEX).write_text("".join(index))
+            file.write(b"".join(records))
+        lengths = np.concatenate([lengths, _lengths(records)])
+    offsets = np.cumsum(lengths, dtype=np.int64) - lengths
+    with (folder / INDEX).open("w", encoding="ascii") as index:
+        index.writelines(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist()))
     (folder / PROPERTY).write_text(f"{len(layout.identities)},{layout.height},{layout.width}\n")
 
 
@@ -83,18 +92,29 @@ def record(payload: bytes) -> bytes:
     Raises:
         ValueError: if a part has 2^29 bytes or more, which its length has no room for.
     """
-    parts, start = [], 0
     at = payload.find(MAGIC)
+    if at < 0:
+        return _framed(payload, 0)
+    parts, start = [], 0
     while at >= 0:
         if at % 4 == 0:
             parts.append(payload[start:at])
             start = at + 4
         at = payload.find(MAGIC, start if at % 4 == 0 else at + 1)
     parts.append(payload[start:])
-    framed = bytearray()
-    for number, part in enumerate(parts):
-        if len(part) >> FLAG_SHIFT:
-            raise ValueError(f"a part of {len(part)} bytes has no room in a record: 2^29 - 1 at most")
-        flag = 0 if len(parts) == 1 else 1 if number == 0 else 3 if number == len(parts) - 1 else 2
-        framed += MAGIC + struct.pack("<I", flag << FLAG_SHIFT | len(part)) + part + bytes(-len(part) % 4)
-    return bytes(framed)
+    if len(parts) == 1:
+        return _framed(payload, 0)
+    flags = [1, *[2] * (len(parts) - 2), 3]
+    return b"".join(map(_framed, parts, flags))
+
+
+def _framed(part: bytes, flag: int) -> bytes:
+    """A part with its magic number, its flag, its length, and zeros up to a multiple of 4 bytes."""
+    if len(part) >> FLAG_SHIFT:
+        raise ValueError(f"a part of {len(part)} bytes has no room in a record: 2^29 - 1 at most")
+    length = struct.pack("<I", flag << FLAG_SHIFT | len(part))
+    return b"".join((MAGIC, length, part, bytes(-len(part) % 4)))
+
+
+def _lengths(records: Sequence[bytes]) -> NDArray[np.uint32]:
+    return np.array([len(one) for one in records], "<u4")

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import Field, WithJsonSchema, model_validator
 
 from negfacediff_core.config import Model, OptionalNumber
+from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.challenges import Challenge, asked_for
 
 
@@ -127,3 +128,31 @@ class ExportConfig(Model):
                 "leave that status out"
             )
         return self
+
+
+def check_out(out: str) -> None:
+    """Raise ConfigError unless an export can be written to `out`, a folder of this machine."""
+    if "://" in out:
+        raise ConfigError(f"out is {out!r}, no local folder: export to one, and copy it from there.")
+
+
+def check_refill(settings: ExportConfig, run: str, source: str | None) -> None:
+    """Check that growing `run` can bring what an export lacks.
+
+    `source` is the run of which a leakage gate kept `run`, None where none did. Raises ConfigError.
+    """
+    if source is not None:
+        raise ConfigError(
+            f"the run {run} is what a leakage gate kept of {source}, and does not grow: grow {source}, run "
+            "the gate on it again, and export what that keeps, without refill"
+        )
+    if settings.filter:
+        raise ConfigError(
+            "refill makes new images, which are in no filter: leave one of the two out; for more images, "
+            "grow the run, train on it and prune it again"
+        )
+    if not settings.extent[0]:
+        raise ConfigError(
+            "refill grows the run until there are enough identities: say how many, with identities (or a "
+            "challenge, which says it)"
+        )

@@ -23,10 +23,11 @@ from negfacediff_core.export.selection import Selection
 from negfacediff_core.export.settings import ExportConfig
 from negfacediff_core.store.layout import StageSpec, Unit, fingerprint
 from negfacediff_core.store.records import pending
+from negfacediff_core.store.runs import read_run
 from negfacediff_core.store.shards import read_arrays, read_rows
 
 # Raised when the same settings make other bytes.
-VERSION = 1
+VERSION = 2
 # What is told of each image: the column and the stage that it comes from. Where a run has it.
 FACTS = {
     "detection_score": ("aligned", "score"),
@@ -72,6 +73,12 @@ class Job:
                 "images": self.chosen.shape[1],
             }
         )
+
+
+def gated_from(store: str, run: str) -> str | None:
+    """Return the run of which a leakage gate kept `run`; None where `run` is no gate's, or not there."""
+    record = read_run(store, run) or {}
+    return record["gate"]["run"] if "gate" in record else None
 
 
 def check_exportable(stages: Mapping[str, StageSpec], settings: ExportConfig, run: str) -> None:
@@ -142,57 +149,49 @@ def job_of(stages: Mapping[str, StageSpec], settings: ExportConfig, selection: S
 
 
 def write_piece(job: Job, piece: Piece, folder: Path) -> tuple[dict[str, bytes], list[str]]:
-    """Write the files of a piece; returns what is to be appended to others, by path, and its files' sums.
+    """Write the files of a piece; returns what is to be appended to others, by path, and its files' lines.
 
     Raises:
-        StoreError: if a unit is not committed, or is damaged.
+        StoreError: if a unit is not committed, or is damaged, or a file cannot be written.
     """
     samples: list[Sample] = []
-    number = piece.first
     blocks = job.layout.identities[piece.start : piece.stop] // job.stages["aligned"].grid.block_identities
     for block in np.unique(blocks):
         rows = piece.start + np.flatnonzero(blocks == block)
-        encoded = _encode_block(job, int(block), rows)
-        for row in rows:
-            for replicate in np.flatnonzero(job.chosen[row]):
-                image, facts = encoded.pop((int(row), int(replicate)))
-                identity = int(job.layout.identities[row])
-                samples.append(Sample(number, int(row), identity, int(replicate), image, facts))
-                number += 1
+        samples += _encode_block(job, int(block), rows, piece.first + len(samples))
     written = FORMATS[job.settings.format].write(piece.number, samples, job.layout)
-    sums = [write_file(folder, path, content) for path, content in written.files.items()]
-    return written.appends, sums
+    own = [write_file(folder, path, content) for path, content in written.files.items()]
+    return written.appends, own
 
 
-def _encode_block(
-    job: Job, block: int, rows: NDArray[np.int64]
-) -> dict[tuple[int, int], tuple[bytes, dict[str, float]]]:
+def _encode_block(job: Job, block: int, rows: NDArray[np.int64], first: int) -> list[Sample]:
     """Encode the chosen images of the identities `rows` of the export, all of one block of the store.
 
-    Returns by row and replicate the bytes of each image, and what is told of it. One unit is decoded at a
-    time.
+    Returns them in order, numbered from `first`. One unit is decoded at a time.
     """
     settings, grid = job.settings, job.stages["aligned"].grid
     images = job.stages["aligned" if settings.images == "aligned" else "samples"]
     encode = ENCODERS[settings.encoding]
-    encoded = {}
+    chosen = job.chosen[rows]
+    numbers = first + np.cumsum(chosen).reshape(chosen.shape) - 1
+    samples: list[Sample] = []
     for replicate_block in range(grid.blocks[1]):
         unit = Unit(block, replicate_block)
         replicates = grid.replicates_of(unit)
-        wanted = job.chosen[rows, replicates.start : replicates.stop]
-        if not wanted.any():
+        index, place = np.nonzero(chosen[:, replicates.start : replicates.stop])
+        if not len(index):
             continue
         pixels = read_arrays(images, unit)["image"]
-        facts = _facts(job.stages, unit, job.layout.facts)
-        place = job.layout.identities[rows] - grid.identities_of(unit).start
-        for index, image in np.argwhere(wanted):
-            at = place[index], image
-            told = {name: float(values[at]) for name, values in facts.items()}
-            encoded[int(rows[index]), int(replicates.start + image)] = (
-                encode(pixels[at], settings.quality),
-                told,
-            )
-    return encoded
+        identity, replicate = job.layout.identities[rows[index]], replicates.start + place
+        row = identity - grid.identities_of(unit).start
+        facts = [values[row, place].tolist() for values in _facts(job.stages, unit, job.layout.facts)]
+        known = [*zip(*facts, strict=True)] or [()] * len(index)
+        columns = (row, place, numbers[index, replicate], rows[index], identity, replicate)
+        table = zip(*(column.tolist() for column in columns), known, strict=True)
+        for i, r, number, label, who, which, told in table:
+            content = encode(pixels[i, r], settings.quality)
+            samples.append(Sample(number, label, who, which, content, told))
+    return sorted(samples, key=lambda sample: sample.number)
 
 
 def _usable(stages: Mapping[str, StageSpec], settings: ExportConfig, unit: Unit) -> NDArray[np.bool_]:
@@ -213,14 +212,14 @@ def _usable(stages: Mapping[str, StageSpec], settings: ExportConfig, unit: Unit)
     return usable
 
 
-def _facts(stages: Mapping[str, StageSpec], unit: Unit, names: tuple[str, ...]) -> dict[str, NDArray]:
-    """What is told of the images `(B, R)` of a unit, by name; NaN where it is not known."""
+def _facts(stages: Mapping[str, StageSpec], unit: Unit, names: tuple[str, ...]) -> list[NDArray]:
+    """What is told of the images of a unit, an array `(B, R)` for each name; NaN where it is not known."""
     found: dict[str, NDArray] = {}
     for stage in dict.fromkeys(FACTS[name][0] for name in names):
         columns = {FACTS[name][1]: name for name in names if FACTS[name][0] == stage}
         placed = _placed(stages[stage], unit, tuple(columns))
         found |= {columns[column]: values for column, values in placed.items()}
-    return {name: found[name] for name in names}
+    return [found[name] for name in names]
 
 
 def _placed(spec: StageSpec, unit: Unit, names: tuple[str, ...]) -> dict[str, NDArray]:

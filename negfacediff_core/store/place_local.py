@@ -1,6 +1,5 @@
 """A place that is a folder of a local or mounted file system."""
 
-import errno
 import fcntl
 import os
 import shutil
@@ -9,23 +8,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from negfacediff_core.errors import PlaceError, StoreError
+from negfacediff_core.errors import StoreError
+from negfacediff_core.explained import explained
 from negfacediff_core.store import faults
 from negfacediff_core.store.place import Entry, Lock, gone, lost
 
-_REMEDIES = {
-    errno.EROFS: "the file system is read-only; choose a place that can be written",
-    errno.EACCES: "permission is denied; allow writing there or choose another place",
-    errno.EPERM: "permission is denied; allow writing there or choose another place",
-    errno.ENOSPC: "the disk is full; free space and run the command again, what is done stays",
-    errno.EDQUOT: "the disk quota is used up; free space and run the command again, what is done stays",
-    errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place",
-    errno.EEXIST: "a file stands where a folder is needed; move it away or choose another place",
-    errno.EISDIR: "a folder stands where a file is needed; move it away or choose another place",
-    errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise build that stage again",
-}
-# What keeps every file from being written, not one.
-_OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 # Bytes that are read at a time of what does not tell its size.
 _PIECE = 2**20
 
@@ -129,10 +116,10 @@ class LocalLocation:
         """
         path = self.root / f".{name}.lock"
         while True:
-            with _explained("lock", path):
+            with explained("lock", path):
                 handle = self._open_lock(path, make)
             try:
-                with _explained("lock", path):
+                with explained("lock", path):
                     fcntl.flock(handle, fcntl.LOCK_EX)
                 held = _FileLock(handle, path)
                 if held.stands():
@@ -154,7 +141,7 @@ class LocalLocation:
 
     def explained(self, doing: str, path: str) -> AbstractContextManager[None]:
         """Turn operating-system errors while `doing` something at `path` into a `StoreError`."""
-        return _explained(doing, f"{self.url}/{path}")
+        return explained(doing, f"{self.url}/{path}")
 
     @contextmanager
     def _writing(self, path: str) -> Iterator[None]:
@@ -170,7 +157,7 @@ class LocalLocation:
     def check_writable(self) -> None:
         """Write and remove a small file, making the folder if it is not there."""
         probe = f"writable-{uuid.uuid4().hex}"
-        with _explained("make", self.root):
+        with explained("make", self.root):
             try:
                 _make_folder(self.root)
             except FileNotFoundError as error:
@@ -179,7 +166,7 @@ class LocalLocation:
                     "store."
                 ) from error
         self.write_atomic(probe, b"negfacediff")
-        with _explained("write", self.root):
+        with explained("write", self.root):
             (self.root / probe).unlink()
 
 
@@ -191,7 +178,7 @@ class _FileLock:
 
     def stands(self) -> bool:
         """Tell whether the file that is locked is the one of this name, for which others wait."""
-        with _explained("lock", self._path):
+        with explained("lock", self._path):
             try:
                 return os.path.samestat(os.fstat(self._handle), self._path.stat(follow_symlinks=False))
             except FileNotFoundError:
@@ -201,18 +188,6 @@ class _FileLock:
         """Raise PlaceError if the folder has gone, and StoreError if somebody removed the lock."""
         if not self.stands():
             raise lost(str(self._path)) if self._path.parent.is_dir() else gone(str(self._path.parent))
-
-
-@contextmanager
-def _explained(doing: str, path: str | Path) -> Iterator[None]:
-    """Turn an operating-system error into a `StoreError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        other = f"{error.strerror or error}; mend that and run the same command again"
-        remedy = _REMEDIES.get(error.errno or 0, other)
-        kind = PlaceError if error.errno in _OF_THE_PLACE else StoreError
-        raise kind(f"cannot {doing} {path}: {remedy}.") from error
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[Entry]:

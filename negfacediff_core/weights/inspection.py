@@ -1,6 +1,7 @@
 """What an inspection finds, and what is asked of weights of every kind: files, licence, a trial run."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,10 @@ USUAL_LICENCES = (
     "insightface model packs: non-commercial research",
     "FFHQ (training images of IDiff-Face): CC BY-NC-SA 4.0, not to be used to develop face recognition",
 )
+# What a file of a licence begins with that says nothing of its terms.
+_TITLES = ("creative commons legal code",)
+# Words that take something back which a file of a licence has granted further up.
+_RESTRICTS = re.compile(r"non-?commercial|\b(no|not for) commercial|\bresearch (purposes|use|only)", re.I)
 
 
 class WeightFile(NamedTuple):
@@ -70,19 +75,34 @@ class Inspection:
 
 
 def licence_of(weights: Path) -> str | None:
-    """The first paragraph of the licence beside weights or, in a pack such as packs/demo, one folder up.
+    """The licence beside weights or, in a pack such as packs/demo, one folder up; None if there is none.
 
-    Not of any folder further up: what is licensed there may be code that has nothing to do with the weights.
+    It is shortened to its first paragraph, and the first sentence after it that restricts what may be done.
+    Several files are read as one, since all of them bind.
+    Not one of any folder further up: what is licensed there may be code that has nothing to do with the
+    weights.
     """
     folder = weights if weights.is_dir() else weights.parent
     pack = folder.resolve().parent
     is_pack = (pack / "generator").is_dir() and (pack / "faces").is_dir()
     for place in (folder, pack) if is_pack else (folder,):
-        for file in sorted(place.glob("LICEN[CS]E*")):
-            if file.is_file():
-                paragraph = file.read_text("utf-8", "replace").strip().partition("\n\n")[0]
-                return " ".join(paragraph.split())[:LICENCE_LENGTH]
+        files = [file for file in sorted(place.glob("LICEN[CS]E*")) if file.is_file()]
+        if files:
+            return "; ".join(_shortened(file.read_text("utf-8", "replace")) for file in files)
     return None
+
+
+def _shortened(text: str) -> str:
+    """The first paragraph of a licence that says something, and a restriction if one comes only later."""
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
+    if paragraphs[0].lower() in _TITLES and len(paragraphs) > 1:
+        del paragraphs[0]
+    head, whole = paragraphs[0][:LICENCE_LENGTH], " ".join(paragraphs)
+    found = _RESTRICTS.search(whole)
+    if _RESTRICTS.search(head) or not found:
+        return head
+    start = max(whole.rfind(". ", 0, found.start()) + 2, found.start() - LICENCE_LENGTH // 2, 0)
+    return f"{head} [...] {whole[start : start + LICENCE_LENGTH].partition('. ')[0]}"
 
 
 def hash_file(role: str, path: Path) -> WeightFile:
