@@ -16,8 +16,10 @@ _Config = TypeVar("_Config", bound=BaseModel)
 def recipe_texts() -> dict[str, str]:
     """Return the recipes that ship: name -> YAML text, sorted by name."""
     folder = files("deployments") / "recognisers"
-    found = {item.name: item for item in folder.iterdir() if item.name.endswith(".yaml")}
-    return {name.removesuffix(".yaml"): found[name].read_text(encoding="utf-8") for name in sorted(found)}
+    found = {
+        item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")
+    }
+    return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
 
 
 def recipe_text(name: str) -> str:

@@ -1,7 +1,8 @@
 """The flow `train_recogniser`: a recogniser is trained on a run of a store, an export, or other crops."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,36 @@ from rich.console import Console
 from flows.artifacts import key_of, progress_artifacts
 from flows.form import STORE, MaybeName
 from flows.progress import CallbackBar, Meter, show_progress
-from flows.results import json_bytes
-from negfacediff_core.errors import ConfigError
+from flows.results import json_bytes, licences_of
+from negfacediff_core.errors import ConfigError, StoreError
+from negfacediff_core.export.licence import terms_of_weights
+from negfacediff_core.export.manifest import MANIFEST, read_head
 from negfacediff_core.recognition.curves import PICTURE, TABLE
 from negfacediff_core.recognition.datasets import Progress, TrainingSet, filtered
 from negfacediff_core.recognition.export import export_forms, load_trained
 from negfacediff_core.recognition.fit import fit
 from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecution
 from negfacediff_core.recognition.set_openers import open_set
-from negfacediff_core.recognition.training_job import BEST, TrainingJob, check_folder, owned, plan_training
+from negfacediff_core.recognition.training_job import (
+    BEST,
+    TrainingJob,
+    check_crops,
+    check_folder,
+    owned,
+    plan_training,
+)
 from negfacediff_core.stages.training_set import training_set_of
 from negfacediff_core.stopping import ended_when
-from negfacediff_core.store.runs import stages_of_run
+from negfacediff_core.store.location import without_credentials
+from negfacediff_core.store.runs import read_run, stages_of_run
 from negfacediff_core.tensor_files import replacing
+from tasks.machine import installed_versions
 from tasks.signals import kept_signals
 
 DEFAULT_RECIPE, DEFAULT_EXECUTION = RecogniserConfig(), TrainingExecution()
 #: What a finished training says of itself.
 REPORT = "report.json"
+Licences = Sequence[Mapping[str, str]]
 
 
 @flow(name="train-recogniser", flow_run_name="train {out}")
@@ -41,6 +54,7 @@ def train_recogniser(
     recipe: RecogniserConfig = DEFAULT_RECIPE,
     filter: str = "",
     execution: TrainingExecution = DEFAULT_EXECUTION,
+    cache: str = "",
     store: str = STORE,
 ) -> dict[str, Any]:
     """Train a recogniser on aligned crops: those of a run of the store, or of a folder.
@@ -53,13 +67,14 @@ def train_recogniser(
     be, before work begins; NegFaceDiffError if the training diverges.
 
     Args:
-        out: Folder of the training, as the machine that runs this sees it.
+        out: Folder of the training, on the machine that runs this.
         run: Train on the aligned crops of this run of the store. Empty: on the folder.
         folder: An export of any format, a folder with train.rec, or one with a sub-folder of aligned
             112x112 crops an identity. Empty: a run of the store.
         recipe: Network, loss, optimiser and augmentation; with the images it decides the result.
         filter: File of the images to take, as negfacediff prune writes it. Empty: all.
         execution: Where it runs.
+        cache: Folder for crops that must be packed, which trainings can share (38 kB a crop). Empty: out.
         store: The store.
     """
     if bool(run) == bool(folder):
@@ -68,46 +83,84 @@ def train_recogniser(
         raise ConfigError(f"out {out!r} is no local folder: a training keeps its state in one.")
     place = Path(out).absolute()
     with owned(place):
-        crops = _crops(store, run, folder, place)
+        crops = _crops(store, run, folder, Path(cache or out).absolute())
         crops = filtered(crops, Path(filter)) if filter else crops
-        result = train_in(place, crops, recipe, execution, f"run {run} of {store}" if run else folder)
+        source = f"run {run} of {without_credentials(store)}" if run else folder
+        result = train_in(place, crops, recipe, execution, source, _licences(store, run, folder))
     key = key_of("train-recogniser", "figures")
     create_markdown_artifact(_page(result, recipe), key, f"Recogniser {out}")
     return result
 
 
 def train_in(
-    place: Path, crops: TrainingSet, recipe: RecogniserConfig, execution: TrainingExecution, source: str = ""
+    place: Path,
+    crops: TrainingSet,
+    recipe: RecogniserConfig,
+    execution: TrainingExecution,
+    source: str = "",
+    licences: Licences = (),
 ) -> dict[str, Any]:
     """Train in a folder that the caller `owned`, export the best epoch, and write and return the report.
 
-    `source` says where the crops come from. Raises as `train_recogniser`.
+    `source` says where the crops come from, and `licences` what those of the weights that made them are; both
+    go into the report. Raises as `train_recogniser`.
     """
     job = plan_training(crops, recipe, execution, place)
     check_folder(job)
-    if (place / REPORT).exists():  # which is written last
+    if (report := _finished(place)) is None:
+        with CallbackBar("check", "crops") as bar:
+            check_crops(job, crops, bar)
+        with _shown(job) as progress, kept_signals() as asked_to_end, ended_when(asked_to_end):
+            scores = fit(job, progress)
+        files = export_forms(load_trained(place / BEST), place)
+        report = {
+            "source": source,
+            "origin": crops.origin._asdict(),
+            "licences": list(licences),
+            "images": len(job.training),
+            "identities": job.training.classes,
+            "held_out_identities": job.held_out.classes,
+            **scores,
+            "files": {str(file.relative_to(place)): _sha256(file) for file in (*files, place / BEST)},
+            "versions": installed_versions(),
+        }
+        with replacing(place / REPORT) as file:
+            file.write(json_bytes(report))
+    sdfr = place / "sdfr" / "recogniser.onnx"
+    return {**report, "out": str(place), "pack": str(place / "pack"), "sdfr": str(sdfr)}
+
+
+def _finished(place: Path) -> dict[str, Any] | None:
+    """Read the report of a training, which is written last; None if there is none yet."""
+    try:
         found: dict[str, Any] = json.loads((place / REPORT).read_bytes())
-        return found
-    with _shown(job) as progress, kept_signals() as asked_to_end, ended_when(asked_to_end):
-        scores = fit(job, progress)
-    pack, sdfr = export_forms(load_trained(place / BEST), place)
-    result = {
-        "out": str(place),
-        "source": source,
-        "images": len(job.training),
-        "identities": job.training.classes,
-        "held_out_identities": job.held_out.classes,
-        **scores,
-        "pack": str(pack.parent),
-        "sdfr": str(sdfr),
-    }
-    with replacing(place / REPORT) as file:
-        file.write(json_bytes(result))
-    return result
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StoreError(
+            f"{place / REPORT} is damaged: delete it, and the same command writes it anew from the state."
+        ) from error
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _licences(store: str, run: str, folder: str) -> Licences:
+    """The licences of the weights that made the crops, as far as run or export know them."""
+    if run:
+        recorded: Licences = (read_run(store, run) or {}).get("licences", [])
+        return recorded or licences_of(stages_of_run(store, run))
+    if not (Path(folder) / MANIFEST).exists():
+        return []
+    exported: Licences = read_head(Path(folder)).get("licences", [])
+    return exported
 
 
 def _crops(store: str, run: str, folder: str, work: Path) -> TrainingSet:
-    """Open the training set; what must be packed lies in the training's folder."""
+    """Open the training set; what must be packed is packed into the folder `work`."""
     with CallbackBar("read", "units") as bar:
         if run:
             return training_set_of(stages_of_run(store, run), run, work, bar)
@@ -147,6 +200,8 @@ def _page(result: dict[str, Any], recipe: RecogniserConfig) -> str:
         ("for SDFR", f"`{result['sdfr']}`"),
         ("curves", f"`{result['out']}/{TABLE}`, `{PICTURE}`"),
     ]
+    if result["licences"]:
+        rows.append(("licence of the images", terms_of_weights(result["licences"]).name))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"## {recipe.backbone}, {recipe.head}\n\n{result['source']}\n\n| | |\n|---|---|\n{table}\n\n"

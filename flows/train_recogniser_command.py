@@ -1,5 +1,6 @@
 """`negfacediff train-recogniser`, `prune`, `onnx` and `study-recognition`: what comes after a dataset."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,9 @@ def train_recogniser(
     ],
     run: Annotated[str, typer.Argument(help="Name of a run of the store.")] = "",
     out: Annotated[str, typer.Option(help="Folder of the training.")] = "recogniser",
-    recipe: Annotated[str, typer.Option(help="A recipe (paper, small) or a YAML file.")] = "paper",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe (paper, paper-plateau, small) or a YAML file.")
+    ] = "paper",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,6 +47,10 @@ def train_recogniser(
     ] = None,
     filter_: Annotated[
         str, typer.Option("--filter", metavar="FILE", help="Take the images that negfacediff prune has kept.")
+    ] = "",
+    cache: Annotated[
+        str,
+        typer.Option(help="Folder for crops that must be packed, which trainings can share. Empty: --out."),
     ] = "",
     device: Annotated[str, typer.Option(help=_HELP["device"])] = "auto",
     processes: Annotated[int, typer.Option(help=_HELP["processes"])] = 1,
@@ -82,6 +89,7 @@ def train_recogniser(
         recipe=settings,
         filter=filter_,
         execution=execution,
+        cache=cache,
         **place,
     )
     print(
@@ -98,35 +106,48 @@ def prune(
         Pruning,
         typer.Option(
             help="dynunc: keep the images whose probability moves most from epoch to epoch. diffprob: of "
-            "each identity, leave out images that are as probable as another. none: only --clean."
+            "each identity, leave out images that are as probable as another. none: with --clean, only that."
         ),
     ] = Pruning.dynunc,
     share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of dynunc: share of the images that are kept.")
+        float, typer.Option(min=0.01, max=1.0, help="Of dynunc: share of each identity's images to keep.")
     ] = 0.75,
     apart: Annotated[
         float, typer.Option(help="Of diffprob: least difference of two probabilities, above 0 and below 1.")
     ] = 0.05,
     clean: Annotated[
-        bool, typer.Option(help="Leave out images that the network took for another identity in the end.")
-    ] = True,
+        bool,
+        typer.Option(
+            help="Leave out images that the trained network takes for another identity. For photographs: "
+            "labels of generated images are right by construction."
+        ),
+    ] = False,
 ) -> None:
     """Choose images by how a training went: export and train-recogniser take the file with --filter.
 
     Identities that were held out from the training are kept whole.
     """
     from negfacediff_core.recognition.pruning import prune_training
+    from negfacediff_core.tensor_files import replacing
 
     kept = prune_training(training, rule, share, apart, clean)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(kept.text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}; give another --out.") from error
+    with replacing(out) as file:
+        file.write(kept.text.encode())
     print(
-        f"{kept.images:,} of {count_text(kept.trained, 'image')} kept, {kept.mislabelled:,} of the others "
-        f"taken for another identity; and {count_text(kept.held_out, 'image')} that were held out."
+        f"{kept.images:,} of {count_text(kept.trained, 'image')} kept, of {kept.identities - kept.lost:,} of "
+        f"{kept.identities:,} identities; and {count_text(kept.held_out, 'image')} that were held out."
     )
+    if kept.mislabelled is not None:
+        print(
+            f"To the trained network {count_text(kept.mislabelled, 'image')} "
+            f"({kept.mislabelled / kept.trained:.1%}) look like another identity: "
+            + ("left out." if clean else "--clean leaves them out.")
+        )
+    elif kept.epochs < kept.planned:
+        print(
+            f"The training is not over: this is what its first {kept.epochs} of {kept.planned} epochs say.",
+            file=sys.stderr,
+        )
     print_places(filter=str(out))
 
 
@@ -170,7 +191,7 @@ def study_recognition(
 
     study = load_study(name)
     check_study(study)
-    check([case.build for case in cases(study)], store, execution)
+    execution = check([case.build for case in cases(study)], store, execution)
     show_log(verbose)
     from flows.launch import launch
     from flows.study import study_recognition as study_flow

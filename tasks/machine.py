@@ -1,6 +1,5 @@
 """This machine: its cores, its GPUs, what is installed on it, and how processes are started on it."""
 
-import os
 import platform
 import signal
 from collections.abc import Iterator
@@ -9,16 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import resource_tracker
 
 from negfacediff_core.config import ExecutionConfig
+from negfacediff_core.processor import usable_cores as usable_cores
 
 # Packages whose versions can change a pixel or what travels: drivers and workers must agree on them.
 COMPARED = ("negfacediff", "torch", "numpy", "onnxruntime", "zarr", "distributed")
 # What some of them are called where they are built for GPUs.
 _FOR_GPUS = {"onnxruntime": "onnxruntime-gpu"}
-
-
-def usable_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers_by_cores(execution: ExecutionConfig) -> int:

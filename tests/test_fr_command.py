@@ -1,6 +1,8 @@
 """`negfacediff train-recogniser`, `prune` and `onnx`, the flow behind them, and the recipes that ship."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from flows import train_recogniser as flow_module
 from flows.cli import BAD_INPUT, main
 from flows.recipes import load_recipe, recipe_texts
 from flows.train_recogniser import train_recogniser
-from negfacediff_core.errors import ConfigError
+from negfacediff_core.errors import ConfigError, DamagedError, StoppedError, StoreError
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.recognition.backbones import build_backbone
 from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecution
@@ -61,6 +63,9 @@ def test_a_training_a_filter_and_a_training_of_it(source, tmp_path, without_pref
     report = json.loads((out / "report.json").read_text())
     assert (report["images"], report["identities"], report["held_out_identities"]) == (24, 6, 2)
     assert f"`{out}/pack`" in without_prefect["train-recogniser-figures"]
+    assert report["origin"]["kind"] == "files" and "torch" in report["versions"]
+    written = hashlib.sha256((out / "pack" / "recogniser.onnx").read_bytes()).hexdigest()
+    assert report["files"]["pack/recogniser.onnx"] == written and str(tmp_path) not in str(report["files"])
     assert load_embedder(out / "pack").width == load_embedder(out / "sdfr" / "recogniser.onnx").width == 128
 
     written = (out / "pack" / "recogniser.onnx").stat().st_mtime_ns
@@ -71,10 +76,12 @@ def test_a_training_a_filter_and_a_training_of_it(source, tmp_path, without_pref
     command("prune", str(out), "--rule", "diffprob", "--apart", "0.001", "--out", str(tmp_path / "kept.csv"))
     assert "of 24 images kept" in capsys.readouterr().out
     rows = (tmp_path / "kept.csv").read_text().splitlines()
-    assert rows[0] == "image,identity,replicate" and len(rows) - 1 >= report["held_out_identities"] * 4
+    assert (
+        rows[0] == "image,identity,replicate,samples" and len(rows) - 1 >= report["held_out_identities"] * 4
+    )
     again = load_recipe("small", [f"{name}={value}" for name, value in QUICK.items()])
     (tmp_path / "kept.csv").write_text(
-        "\n".join([rows[0], *(f"{i:04d}/{k}.png,," for i in range(5) for k in range(4))])
+        "\n".join([rows[0], *(f"{i:04d}/{k}.png,,," for i in range(5) for k in range(4))])
     )
     second = train_recogniser.fn(
         out=str(tmp_path / "second"),
@@ -126,6 +133,11 @@ def test_the_paper_s_recipe_is_that_of_the_paper():
     assert (recipe.learning_rate, recipe.peak_rate, recipe.momentum) == (0.1, 0.1, 0.9)
     assert (recipe.weight_decay, recipe.dropout, recipe.epochs) == (5e-4, 0.4, 40)
     assert (recipe.operations, recipe.magnitude, recipe.flip) == (4, 16, 0.5)
+    assert (recipe.policy, recipe.clip, recipe.erase) == ("idiff-face", 5, 0)
+    plateau = load_recipe("paper-plateau")
+    assert (plateau.epochs, plateau.patience, plateau.stop) == (200, 5, 6)
+    schedule = {"schedule": "plateau", "epochs": 200, "patience": 5, "stop": 6}
+    assert plateau == recipe.model_copy(update=schedule)
 
 
 def test_settings_change_a_recipe(tmp_path):
@@ -140,7 +152,7 @@ def test_settings_change_a_recipe(tmp_path):
     ("arguments", "words"),
     [
         (["nowhere"], ["There is no folder nowhere", "the name of a run as well"]),
-        (["{source}", "--recipe", "papre"], ["no recipe 'papre'", "paper, small"]),
+        (["{source}", "--recipe", "papre"], ["no recipe 'papre'", "paper, paper-plateau, small"]),
         (["{source}", "--set", "hed=arcface"], ["did you mean head?", "negfacediff fields recogniser"]),
         (["{source}", "--set", "head=softmax"], ["head is 'softmax'", "arcface"]),
         (["{source}", "--processes", "0"], ["processes is 0"]),
@@ -168,12 +180,52 @@ def test_the_flow_wants_one_source(tmp_path, source):
 
 def test_a_run_of_a_store_is_trained_on(tiny_store, tmp_path, without_prefect):
     result = train_recogniser.fn(
-        out=str(tmp_path),
+        out=str(tmp_path / "out"),
+        cache=str(tmp_path / "cache"),
         run="tiny",
         store=str(tiny_store),
         recipe=RECIPE.model_copy(update={"held_out": 0.1, "epochs": 1}),
         execution=TrainingExecution(device="cpu", threads=1),
     )
     assert result["source"] == f"run tiny of {tiny_store}" and result["held_out_identities"] == 2
-    rows = (tmp_path / "dynamics" / "images.csv").read_text().splitlines()[1:]
+    rows = (tmp_path / "out" / "dynamics" / "images.csv").read_text().splitlines()[1:]
     assert len(rows) == result["images"] and all(len(row.split(",")[2]) == 1 for row in rows)
+    assert result["origin"]["kind"] == "aligned" and result["licences"]
+    assert "licence of the images" in without_prefect["train-recogniser-figures"]
+    assert list((tmp_path / "cache").glob("crops-*.u8")) and not list((tmp_path / "out").glob("*.u8"))
+
+
+def test_damaged_crops_are_told_before_a_training_begins(source, tmp_path, monkeypatch):
+    folder = shutil.copytree(source, tmp_path / "set")
+    damaged = [folder / "0003" / "1.png", folder / "0006" / "0.png"]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:2000])
+
+    def train():
+        train_recogniser.fn(
+            out=str(tmp_path / "out"),
+            folder=str(folder),
+            recipe=RECIPE,
+            execution=TrainingExecution(device="cpu"),
+        )
+
+    with pytest.raises(DamagedError, match=r"2 of 32 crops cannot be trained on: .*0003/1\.png is no image"):
+        train()
+    listed = tmp_path / "out" / "unreadable.txt"
+    assert [line.split()[0] for line in listed.read_text().splitlines()] == list(map(str, damaged))
+    for path in damaged:
+        path.unlink()
+
+    def fit(job, progress):
+        raise StoppedError("it begins")
+
+    monkeypatch.setattr(flow_module, "fit", fit)
+    with pytest.raises(StoppedError, match="it begins"):
+        train()
+    assert not listed.exists()
+
+
+def test_a_damaged_report_is_told(source, tmp_path):
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(StoreError, match=r"report\.json is damaged: delete it"):
+        train_recogniser.fn(out=str(tmp_path), folder=str(source), recipe=RECIPE)

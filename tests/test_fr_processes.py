@@ -1,6 +1,7 @@
 """Trainings in processes of their own: killed in mid-epoch, and several at one."""
 
 import csv
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from crop_folders import EXECUTION, nobody, save_crops, tiny_job
 from test_fr_training import Interrupted, equal, interrupt_at
 
+from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.recognition.dynamics import read_final
 from negfacediff_core.recognition.fit import fit
 from negfacediff_core.tensor_files import read_tensors
 
@@ -126,11 +129,25 @@ def test_two_processes_train_what_one_does_in_two_parts(source, tmp_path):
     for epoch in (1, 2):
         saved = [np.load(tmp_path / each / "dynamics" / f"epoch-{epoch:04d}.npz") for each in ("two", "one")]
         np.testing.assert_allclose(saved[0]["log_probability"], saved[1]["log_probability"], atol=1e-2)
+    # in the end both look with the running statistics that are saved, each at a part of the images
+    shared = read_final(tmp_path / "two")
+    (tmp_path / "two" / "dynamics" / "final.npz").unlink()
+    fit(tiny_job(source, tmp_path / "two", epochs=2), nobody)
+    np.testing.assert_allclose(read_final(tmp_path / "two").probability, shared.probability, rtol=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_training_that_is_asked_to_end_saves_its_state_first(source, tmp_path, processes, number):
+# A terminal sends Ctrl-C to all processes, SLURM and systemd send SIGTERM to them, and who cancels to one.
+@pytest.mark.parametrize(
+    ("processes", "number", "send"),
+    [
+        (1, signal.SIGINT, os.killpg),
+        (1, signal.SIGTERM, os.kill),
+        (2, signal.SIGINT, os.killpg),
+        (2, signal.SIGTERM, os.kill),
+        (2, signal.SIGTERM, os.killpg),
+    ],
+)
+def test_a_training_that_is_asked_to_end_saves_its_state_first(source, tmp_path, processes, number, send):
     script = tmp_path / "train.py"
     script.write_text(STOPPED)
     process = subprocess.Popen(
@@ -143,9 +160,8 @@ def test_a_training_that_is_asked_to_end_saves_its_state_first(source, tmp_path,
     )
     for _ in range(3):
         assert process.stdout.readline()
-    # as a terminal, and as who cancels
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    told, said = process.communicate(timeout=600)
+    send(process.pid, number)
+    told, said = process.communicate(timeout=120)
     assert process.returncode == -number, said
     position = read_tensors(tmp_path / "out" / "state.pt")["position"]
     done = 8 * (4 * position["epoch"] + position["step"])
@@ -163,3 +179,23 @@ def test_one_process_goes_on_with_what_two_began(source, tmp_path):
     told = []
     assert fit(two, lambda *now: told.append(now))["epochs"] == 2
     assert told[0] == (40, 64)
+
+
+def test_what_one_of_several_processes_raises_is_told_as_it_is(source, tmp_path):
+    two = EXECUTION.model_copy(update={"processes": 2})
+    with pytest.raises(NegFaceDiffError, match=r"^The training diverged in epoch 1: .* another folder\.$"):
+        fit(tiny_job(source, tmp_path, two, learning_rate=1e30), nobody)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_others(source, tmp_path, rank):
+    two = EXECUTION.model_copy(update={"processes": 2})
+
+    def kill(done, total):
+        if done == 16:
+            children = sorted(multiprocessing.active_children(), key=lambda each: each.pid)
+            os.kill(children[rank].pid, signal.SIGKILL)
+
+    with pytest.raises(NegFaceDiffError, match=r"A process of the training failed: .* goes on"):
+        fit(tiny_job(source, tmp_path, two, epochs=400), kill)
+    assert not multiprocessing.active_children()

@@ -14,6 +14,7 @@ from negfacediff_core.errors import ConfigError
 from negfacediff_core.faces.align import TEMPLATE_112
 from negfacediff_core.recognition.datasets import PackedReader, TrainingSet, pack
 from negfacediff_core.recognition.embedding import Embedding
+from negfacediff_core.recognition.origins import Origin
 from negfacediff_core.recognition.people import People, drawn_pairs, rendered_people, verify_people
 
 
@@ -31,9 +32,10 @@ def numbered(tmp_path, numbers):
     numbers = np.array(numbers)
     reader = PackedReader(tmp_path / "crops.u8")
     if not reader.path.exists():
-        pack(reader.path, iter([crops(len(numbers), 1)[:, 0]]))
+        pack(reader.path, len(numbers), iter([crops(len(numbers), 1)[:, 0]]))
     labels = np.unique(numbers[:, 0], return_inverse=True)[1]
-    return TrainingSet(reader, tuple(map(str, range(len(numbers)))), labels, np.arange(len(numbers)), numbers)
+    names, origin = tuple(map(str, range(len(numbers)))), Origin("files", "made here")
+    return TrainingSet(reader, names, labels, np.arange(len(numbers)), origin, numbers)
 
 
 def test_sets_become_equal_in_identities_and_images(tmp_path):

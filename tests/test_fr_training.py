@@ -2,7 +2,11 @@
 
 import csv
 import dataclasses
+import fcntl
+import json
 import math
+import os
+import resource
 from itertools import count
 
 import numpy as np
@@ -10,20 +14,35 @@ import pytest
 import torch
 from crop_folders import EXECUTION, RECIPE, TINY, crops, nobody, save_crops, tiny_job
 
-from negfacediff_core.errors import ConfigError, NegFaceDiffError, StoppedError, StoreError, WeightsError
+from negfacediff_core.errors import (
+    ConfigError,
+    NegFaceDiffError,
+    PlaceError,
+    StoppedError,
+    StoreError,
+    WeightsError,
+)
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.packs import open_file
 from negfacediff_core.images import to_float
 from negfacediff_core.recognition import fit as loop
+from negfacediff_core.recognition import training_job
 from negfacediff_core.recognition.classifier import MarginHead
 from negfacediff_core.recognition.course import Position, judged, rate_at
 from negfacediff_core.recognition.export import export_forms, load_trained
 from negfacediff_core.recognition.fit import fit
 from negfacediff_core.recognition.recipe import Head, RecogniserConfig, TrainingExecution
 from negfacediff_core.recognition.set_openers import open_set
-from negfacediff_core.recognition.training_job import architecture_of, owned, plan_training
+from negfacediff_core.recognition.training_job import (
+    architecture_of,
+    check_folder,
+    claim,
+    owned,
+    plan_training,
+    starting_network,
+)
 from negfacediff_core.stopping import ended_when
-from negfacediff_core.tensor_files import read_tensors
+from negfacediff_core.tensor_files import read_tensors, write_tensors
 
 ALWAYS = EXECUTION.model_copy(update={"checkpoint_seconds": 0.0})
 
@@ -65,10 +84,14 @@ def equal(one, other):
     [
         {"head": "adaface", "margin": 0.4, "operations": 2},
         {"head": "elasticface", "accumulate": 2, "schedule": "plateau", "patience": 1},
+        {"precision": "bf16"},
     ],
-    ids=["adaface", "elasticface in two parts"],
+    ids=["adaface", "elasticface in two parts", "bf16"],
 )
-def test_a_training_that_was_interrupted_equals_one_that_was_not(source, tmp_path, recipe):
+def test_a_training_that_was_interrupted_equals_one_that_was_not(
+    source, tmp_path, recipe, monkeypatch, capfd
+):
+    monkeypatch.setattr(training_job, "fast_bfloat16", lambda: True)
     job = tiny_job(source, tmp_path / "whole", ALWAYS, **recipe)
     assert (job.steps, job.batch) == (4, 8)
     whole = fit(job, nobody)
@@ -89,6 +112,14 @@ def test_a_training_that_was_interrupted_equals_one_that_was_not(source, tmp_pat
         assert (saved[0]["log_probability"] == saved[1]["log_probability"]).all()
         assert (saved[0]["outcome"] == saved[1]["outcome"]).all()
     assert not list(tmp_path.rglob("*.partial"))
+    assert capfd.readouterr() == ("", "")  # Fabric would tell of its precision
+
+
+def test_bfloat16_is_for_processors_that_have_it(source, tmp_path, monkeypatch):
+    job = tiny_job(source, tmp_path, precision="bf16")
+    for fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(training_job, "fast_bfloat16", lambda fast=fast: fast)
+        assert job.precision == precision
 
 
 @pytest.mark.parametrize("asked", [2, 5], ids=["between steps", "while an epoch is judged"])
@@ -150,7 +181,7 @@ def test_every_head_gives_a_loss_and_honest_probabilities(head):
     without = plain(embeddings, labels, generator)
     assert outcome.loss > without.loss
     torch.testing.assert_close(-without.log_probability.mean(), without.loss)
-    assert torch.equal(outcome.log_probability, without.log_probability)
+    torch.testing.assert_close(-outcome.log_probability.mean(), outcome.loss)
     scores = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(plain.centres).T
     assert torch.equal(outcome.right, scores.argmax(1) == labels)
     again = MarginHead(head, width, classes, 16.0, 0.3, seed=0)
@@ -215,6 +246,11 @@ def test_another_training_is_not_mixed_in(source, tmp_path):
     kept = fewer.training.chosen(np.arange(30))
     with pytest.raises(ConfigError, match="the images differ"):
         fit(dataclasses.replace(fewer, training=kept), nobody)
+    others = dataclasses.replace(
+        fewer.training, origin=fewer.training.origin._replace(digest="of other pixels")
+    )
+    with pytest.raises(ConfigError, match="the images differ"):
+        fit(dataclasses.replace(fewer, training=others), nobody)
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 no archive")
     with pytest.raises(WeightsError, match=r"state.pt cannot be read"):
         fit(fewer, nobody)
@@ -229,6 +265,47 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot write"), owned(tmp_path / "file" / "out"):
         pass
+    # what the training itself raises is its own
+    with pytest.raises(BlockingIOError), owned(tmp_path / "out"):
+        raise BlockingIOError
+
+
+def test_a_folder_is_locked_in_the_way_that_nfs_can(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(fcntl, "flock", lambda handle, how: modes.append(fcntl.fcntl(handle, fcntl.F_GETFL)))
+    with owned(tmp_path / "out"):
+        assert [mode & os.O_ACCMODE for mode in modes] == [os.O_RDWR]
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    write_tensors(path, {"weight": torch.ones(2)})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PlaceError, match=r"cannot write .*state\.pt: the disk is full"):
+            write_tensors(path, {"weight": torch.zeros(2)})
+    # where the disk takes a part of the file, torch raises an error of its own
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="File too large"):
+            write_tensors(path, {"weight": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(read_tensors(path)["weight"], torch.ones(2)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_rate_follows_the_images_that_a_step_has(source, tmp_path):
+    job = tiny_job(source, tmp_path, batch_size=64, schedule="steps", learning_rate=0.512)
+    assert (job.batch, job.rate(Position())) == (36, pytest.approx(0.036))
+    claim(job)
+    eight = job.execution.model_copy(update={"processes": 8})
+    with pytest.raises(ConfigError, match=r"the images of a step \(36, 32; by the processes\) differ"):
+        check_folder(dataclasses.replace(job, execution=eight))
 
 
 @pytest.mark.parametrize("batch_size", [8, 32], ids=["in its steps", "in its last step"])
@@ -296,11 +373,11 @@ def test_a_training_starts_from_the_weights_of_another(source, tmp_path):
     plan = RECIPE.model_copy(update={"epochs": 1})
     found = open_set(source, tmp_path, nobody)
     job = plan_training(found, plan, EXECUTION, tmp_path / "first")
-    network = loop.starting_network(job)
+    network = starting_network(job)
     torch.save({"state_dict_of_no_use": 1}, tmp_path / "none.pt")
     torch.save({"architecture": job.architecture, "backbone": network.state_dict()}, tmp_path / "best.pt")
     following = plan.model_copy(update={"start": str(tmp_path), "seed": 9})
-    again = loop.starting_network(plan_training(found, following, EXECUTION, tmp_path / "second"))
+    again = starting_network(plan_training(found, following, EXECUTION, tmp_path / "second"))
     assert torch.equal(again.fc.weight, network.fc.weight)
     wider = following.model_copy(update={"width": 32})
     with pytest.raises(WeightsError, match="set backbone and width"):
@@ -308,6 +385,27 @@ def test_a_training_starts_from_the_weights_of_another(source, tmp_path):
     with pytest.raises(WeightsError, match=r"none\.pt"):
         none = following.model_copy(update={"start": str(tmp_path / "none.pt")})
         plan_training(found, none, EXECUTION, tmp_path / "fourth")
+
+
+def test_weights_to_start_from_are_needed_until_there_is_a_state(source, tmp_path):
+    start = tmp_path / "start.pt"
+    found = open_set(source, tmp_path, nobody)
+    network = starting_network(plan_training(found, RECIPE, EXECUTION, tmp_path))
+    architecture = architecture_of(RECIPE)
+    torch.save({"architecture": architecture, "backbone": network.state_dict()}, start)
+    recipe = RECIPE.model_copy(update={"start": str(start)})
+    job = plan_training(found, recipe, EXECUTION, tmp_path / "out")
+    claim(job)
+    assert len(json.loads((tmp_path / "out" / "training.json").read_text())["start"]) == 64
+    torch.nn.init.zeros_(network.fc.weight)
+    torch.save({"architecture": architecture, "backbone": network.state_dict()}, start)
+    with pytest.raises(ConfigError, match="the weights of start differ"):
+        claim(job)
+    start.unlink()
+    with pytest.raises(WeightsError, match=r"no .*start\.pt"):
+        plan_training(found, recipe, EXECUTION, tmp_path / "out")
+    (tmp_path / "out" / "state.pt").touch()
+    claim(plan_training(found, recipe, EXECUTION, tmp_path / "out"))
 
 
 def test_both_onnx_forms_give_the_embeddings_of_the_network(source, tmp_path):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from negfacediff_core.recognition.backbones import build_backbone
+from negfacediff_core.recognition.classifier import MarginHead
 from negfacediff_core.recognition.heads import (
     MARGINS,
     adaface,
@@ -110,3 +112,38 @@ def test_adaface_asks_more_angle_of_poor_images_and_more_distance_of_good_ones()
     poor, good = adaface(cosine, labels, norms, *statistics, scale=1.0)[:, 0].tolist()
     assert poor == pytest.approx(np.cos(np.pi / 3 + 0.4), abs=1e-5)
     assert good == pytest.approx(np.cos(np.pi / 3 - 0.4) - 0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["elasticface", "adaface"])
+def test_evaluation_neither_draws_margins_nor_learns_from_norms(kind: str) -> None:
+    head = MarginHead(kind, 8, 5, 16.0, 0.3, seed=0)
+    embeddings = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3])
+
+    def probability(seed: int) -> torch.Tensor:
+        return head(embeddings, labels, torch.Generator().manual_seed(seed)).log_probability
+
+    before = {name: value.clone() for name, value in head.named_buffers()}
+    head.eval()
+    assert torch.equal(probability(1), probability(2))
+    assert all(torch.equal(value, before[name]) for name, value in head.named_buffers())
+    head.train()
+    assert not torch.equal(probability(1), probability(2))
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"family": "iresnet", "layers": [1], "channels": [8], "width": 16, "input_pool": 8},
+        {"family": "plain", "layers": [1], "channels": [8], "neck": 4, "width": 16, "input_pool": 8},
+    ],
+    ids=lambda architecture: architecture["family"],
+)
+def test_the_last_layers_are_float32_under_autocast(architecture: dict) -> None:
+    network = build_backbone(architecture).eval()
+    seen = []
+    network.fc.register_forward_hook(lambda layer, given, found: seen.extend([given[0], found]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        embeddings = network(torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)))
+    assert {each.dtype for each in (*seen, embeddings)} == {torch.float32}
+    torch.testing.assert_close(seen[1], F.linear(seen[0], network.fc.weight, network.fc.bias))

@@ -1,6 +1,7 @@
 """Recogniser networks: aligned `(N, 3, 112, 112)` RGB crops in [-1, 1] to `(N, width)` embeddings."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,16 @@ def _centred_norm(width: int) -> nn.BatchNorm1d:
     norm = nn.BatchNorm1d(width)
     norm.requires_grad_(False)
     return norm
+
+
+def _embedding(x: Tensor, fc: nn.Linear, features: nn.BatchNorm1d) -> Tensor:
+    """The last layers, in float32 even under autocast, as in insightface: cosines come of what they give."""
+    kind = x.device.type
+    # tensors of the device meta, of which costs are counted, know no autocast
+    without = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with without:
+        embeddings: Tensor = features(fc(x.float()))
+    return embeddings
 
 
 # The published networks learn a slope a channel. A fixed slope of the same start value trains a small
@@ -119,8 +130,7 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(pooled)))
         for name in self.stages:
             x = self.get_submodule(name)(x)
-        x = self.dropout(torch.flatten(self.bn2(x), 1))
-        return self.features(self.fc(x))
+        return _embedding(self.dropout(torch.flatten(self.bn2(x), 1)), self.fc, self.features)
 
 
 class PlainNet(nn.Module):
@@ -165,7 +175,7 @@ class PlainNet(nn.Module):
 
     def embed_pooled(self, pooled: Tensor) -> Tensor:
         """Embed crops that are averaged already, `(N, 3, 112 // input_pool, 112 // input_pool)`."""
-        return self.features(self.fc(torch.flatten(self.trunk(pooled), 1)))
+        return _embedding(torch.flatten(self.trunk(pooled), 1), self.fc, self.features)
 
 
 # Blocks in each stage of the published iResNets.

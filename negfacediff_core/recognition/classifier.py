@@ -26,8 +26,8 @@ _NORM_MEAN, _NORM_DEVIATION = 20.0, 100.0
 class Outcome(NamedTuple):
     """Of a batch: the mean `loss`, and of each image `(N,)` the log of the probability of its own identity.
 
-    That probability is the softmax of scaled cosines without any margin; `right` says whether no other
-    identity has a higher one.
+    That probability is the softmax that the loss looks at, margin and all, as in DiffProb's code; `right`
+    says whether no other identity is more similar, without any margin.
     """
 
     loss: Tensor
@@ -59,18 +59,19 @@ class MarginHead(nn.Module):
     ) -> Outcome:
         """Loss of `(N, width)` embeddings, not normalised, with `labels` `(N,)`.
 
-        `draw`, on the CPU, is what random margins come from. `sampled` `(S,)` are ascending classes, those of
-        the labels among them; the softmax is then over these alone.
+        `draw`, on the CPU, is what random margins come from; in evaluation these are their mean, and nothing
+        is learnt from norms. `sampled` `(S,)` are ascending classes, those of the labels among them; the
+        softmax is then over these alone.
         """
         centres: Tensor = self.centres
         if sampled is not None:
             centres, labels = centres[sampled], torch.searchsorted(sampled, labels)
         cosine = cosines(embeddings, centres)
-        loss = F.cross_entropy(LOGITS[self.kind](self, cosine, labels, embeddings, draw), labels)
+        logarithms = F.log_softmax(LOGITS[self.kind](self, cosine, labels, embeddings, draw), dim=1)
+        loss = F.nll_loss(logarithms, labels)
         with torch.no_grad():
-            plain = F.log_softmax(self.scale * cosine, dim=1)
-            own = plain.gather(1, labels[:, None])[:, 0]
-            return Outcome(loss, own, own >= plain.amax(dim=1))
+            own, similar = (values.gather(1, labels[:, None])[:, 0] for values in (logarithms, cosine))
+            return Outcome(loss, own, similar >= cosine.amax(dim=1))
 
 
 def _cosface(
@@ -88,6 +89,8 @@ def _arcface(
 def _elasticface(
     head: MarginHead, cosine: Tensor, labels: Tensor, embeddings: Tensor, draw: torch.Generator
 ) -> Tensor:
+    if not head.training:
+        return cosface(cosine, labels, head.scale, head.margin)
     margins = elastic_margins(len(labels), draw, head.margin).to(cosine.device)
     return elasticface(cosine, labels, margins, head.scale)
 
@@ -96,10 +99,12 @@ def _adaface(
     head: MarginHead, cosine: Tensor, labels: Tensor, embeddings: Tensor, draw: torch.Generator
 ) -> Tensor:
     norms = embeddings.detach().float().norm(dim=1, keepdim=True)
-    statistics = update_norm_statistics(norms, head.norm_mean, head.norm_deviation)
-    # in place, and none of the tensors that the loss is computed from: processes broadcast their buffers
-    for buffer, value in zip((head.norm_mean, head.norm_deviation), statistics, strict=True):
-        buffer.copy_(value)
+    statistics = head.norm_mean, head.norm_deviation
+    if head.training:
+        statistics = update_norm_statistics(norms, *statistics)
+        # in place, and none of the tensors that the loss is computed from: processes broadcast their buffers
+        for buffer, value in zip((head.norm_mean, head.norm_deviation), statistics, strict=True):
+            buffer.copy_(value)
     return adaface(cosine, labels, norms, *statistics, scale=head.scale, margin=head.margin)
 
 

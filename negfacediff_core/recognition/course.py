@@ -54,5 +54,10 @@ def judged(position: Position, scores: dict[str, float], patience: int) -> Posit
 
 def is_over(recipe: RecogniserConfig, position: Position) -> bool:
     """Tell whether nothing is left to train."""
-    plateau_ends = recipe.schedule == "plateau" and position.falls > _FALLS
-    return position.epoch >= recipe.epochs or plateau_ends
+    if position.epoch >= recipe.epochs:
+        return True
+    if recipe.schedule != "plateau":
+        return False
+    if not recipe.stop:
+        return position.falls > _FALLS
+    return position.epoch - position.best.get("epoch", position.epoch) >= recipe.stop

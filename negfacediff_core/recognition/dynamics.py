@@ -1,11 +1,13 @@
 """Training dynamics: how probable each image's identity was in each epoch, and which images follow to keep.
 
-A training's folder `dynamics` holds `images.csv`, a row an image, `held_out.csv` likewise, and
-`epoch-0001.npz` ... with `log_probability` `(N,)` float32 and `outcome` `(N,)` uint8 of the images.
+A training's folder `dynamics` holds `images.csv`, a row an image, `held_out.csv` likewise, and with
+`log_probability` `(N,)` float32 and `outcome` `(N,)` uint8 of the images: `epoch-0001.npz` ... as each was
+trained on, varied and with dropout; `final.npz` as the trained network sees all of them, unchanged.
 """
 
 import csv
 import io
+import math
 from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
@@ -17,15 +19,15 @@ from negfacediff_core.errors import ConfigError
 from negfacediff_core.recognition.datasets import TrainingSet
 from negfacediff_core.tensor_files import replacing
 
-FOLDER, IMAGES, HELD_OUT = "dynamics", "images.csv", "held_out.csv"
+FOLDER, IMAGES, HELD_OUT, FINAL = "dynamics", "images.csv", "held_out.csv", "final.npz"
 #: Name of an image, and identity and replicate in the store if they are known.
 Named = tuple[str, int | None, int | None]
 #: Outcomes: the image was not in the epoch; another identity was more probable than its own; none was.
 UNSEEN, WRONG, RIGHT = 0, 1, 2
-#: DynUnc's window of epochs, and what DiffProb keeps of each identity at least (METHODS of the papers).
+#: DynUnc's window of epochs, and what is kept of each identity at least (arXiv 2505.15272, published code).
 WINDOW, LEAST = 10, 5
-# How often DiffProb's difference is lowered by 1%: to less than float32 tells apart.
-_LOWERED = 2500
+# DiffProb asks for a difference, and for ever less of it: in so many steps down to nothing.
+_LOWERED = 100
 
 
 class Dynamics(NamedTuple):
@@ -38,6 +40,15 @@ class Dynamics(NamedTuple):
     labels: NDArray[np.int64]
     probability: NDArray[np.float64]
     outcome: NDArray[np.uint8]
+
+
+class Final(NamedTuple):
+    """What the trained network makes of all images: `probability` `(N,)` in [0, 1], and whether it takes
+    them for another identity, `mislabelled` `(N,)`.
+    """
+
+    probability: NDArray[np.float64]
+    mislabelled: NDArray[np.bool_]
 
 
 def write_images(folder: Path, file: str, crops: TrainingSet) -> None:
@@ -64,12 +75,29 @@ def write_epoch(
     folder: Path, epoch: int, log_probability: NDArray[np.float32], outcome: NDArray[np.uint8]
 ) -> None:
     """Write the dynamics of an epoch, counted from 1."""
-    with replacing(folder / FOLDER / f"epoch-{epoch:04d}.npz") as file:
-        np.savez_compressed(file, log_probability=log_probability, outcome=outcome)
+    _write(folder / FOLDER / f"epoch-{epoch:04d}.npz", log_probability, outcome)
+
+
+def write_final(folder: Path, log_probability: NDArray[np.float32], outcome: NDArray[np.uint8]) -> None:
+    """Write what the trained network makes of all images."""
+    _write(folder / FOLDER / FINAL, log_probability, outcome)
+
+
+def has_final(folder: Path) -> bool:
+    """Tell whether a training's folder has what `write_final` writes, the last thing of a training."""
+    return (folder / FOLDER / FINAL).exists()
+
+
+def read_final(folder: Path) -> Final | None:
+    """Read what `write_final` wrote; None if there is none."""
+    if not has_final(folder):
+        return None
+    final = np.load(folder / FOLDER / FINAL)
+    return Final(np.exp(final["log_probability"].astype(np.float64)), final["outcome"] == WRONG)
 
 
 def read_dynamics(folder: Path) -> Dynamics:
-    """Read the dynamics of a training's folder; ConfigError if there are none."""
+    """Read the dynamics of a training's epochs; ConfigError if there are none."""
     paths = sorted((folder / FOLDER).glob("epoch-*.npz"))
     if not paths or not (folder / FOLDER / IMAGES).exists():
         raise ConfigError(
@@ -105,12 +133,18 @@ def dynamic_uncertainty(probability: NDArray[np.float64], window: int = WINDOW) 
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def most_uncertain(scores: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """Keep a `share` of the images, those of the highest scores `(N,)`; what has no score is kept besides."""
-    known = np.flatnonzero(np.isfinite(scores))
-    ranked = known[np.argsort(-scores[known], kind="stable")]
+def most_uncertain(
+    scores: NDArray[np.float64], labels: NDArray[np.int64], share: float, least: int = LEAST
+) -> NDArray[np.bool_]:
+    """Keep of each identity a `share` of its images, at least `least`: those of the highest scores `(N,)`.
+
+    A share is rounded down. What has no score (NaN) is kept besides.
+    """
     kept = ~np.isfinite(scores)
-    kept[ranked[: round(share * len(known))]] = True
+    for rows in _by_identity(scores, labels):
+        # as 0.29 x 100 is just below 29
+        number = math.floor(round(share * len(rows), 6))
+        kept[rows[: max(number, least)]] = True
     return kept
 
 
@@ -120,31 +154,35 @@ def spread_probabilities(
     """DiffProb (arXiv 2505.15272): of each identity keep images whose probabilities differ.
 
     From the most probable image down, one is kept if its p(y) lies more than `apart` below that of the last
-    one kept. Where fewer than `least` are kept, `apart` is lowered by 1% of itself until there are enough; an
-    identity with no more images keeps all, and one whose images are equally probable the first. Images of
-    unknown probability (NaN) are kept. `probability` and `labels` are `(N,)`; raises ConfigError unless
-    `apart` is in (0, 1).
+    one kept. Where fewer than `least` are kept, 99, 98, ... 1% of `apart` are asked for until there are
+    enough; an identity that has no more images, or that even the last of these leaves too few of, keeps all.
+    Images of unknown probability (NaN) are kept. `probability` and `labels` are `(N,)`; raises ConfigError
+    unless `apart` is in (0, 1).
     """
     if not 0 < apart < 1:
         raise ConfigError(f"DiffProb's threshold is {apart}: give a difference of probabilities, in (0, 1).")
     kept = ~np.isfinite(probability)
-    order = np.lexsort((-probability, labels))
-    order = order[np.isfinite(probability[order])]
-    for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+    for rows in _by_identity(probability, labels):
         kept[rows[_apart(probability[rows], apart, least)]] = True
     return kept
 
 
+def _by_identity(values: NDArray[np.float64], labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows of each identity, the highest value first; without those of value NaN."""
+    order = np.lexsort((-values, labels))
+    order = order[np.isfinite(values[order])]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
 def _apart(falling: NDArray[np.float64], apart: float, least: int) -> NDArray[np.int64]:
     """Places of the values kept of one identity, whose `(K,)` probabilities fall."""
+    everything = np.arange(len(falling))
     if len(falling) <= least:
-        return np.arange(len(falling))
+        return everything
     # the smaller the difference asked for, the more are kept: the first that suffices is found by halving
-    times = bisect_left(
-        range(_LOWERED), True, key=lambda number: len(_greedy(falling, apart * 0.99**number)) >= least
-    )
-    kept = _greedy(falling, apart * 0.99**times)
-    return kept if len(kept) >= least else np.arange(least)
+    asked = [apart * (1 - 0.01 * step) for step in range(_LOWERED)]
+    step = bisect_left(asked, True, key=lambda least_apart: len(_greedy(falling, least_apart)) >= least)
+    return everything if step == _LOWERED else _greedy(falling, asked[step])
 
 
 def _greedy(falling: NDArray[np.float64], apart: float) -> NDArray[np.int64]:
@@ -156,19 +194,10 @@ def _greedy(falling: NDArray[np.float64], apart: float) -> NDArray[np.int64]:
     return np.array(places)
 
 
-def last_seen(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of `(E, N)` values, NaN where unseen, the last one of each image; NaN where there is none."""
-    seen = np.isfinite(values)
-    last = len(values) - 1 - np.argmax(seen[::-1], axis=0)
-    return values[last, np.arange(values.shape[1])]
-
-
-def mislabelled(outcome: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which images `(N,)` looked like another identity, without any margin, when last seen in `(E, N)`."""
-    seen = outcome != UNSEEN
-    last = len(outcome) - 1 - np.argmax(seen[::-1], axis=0)
-    return seen.any(axis=0) & (outcome[last, np.arange(outcome.shape[1])] == WRONG)
-
-
 def _number(text: str) -> int | None:
     return int(text) if text else None
+
+
+def _write(path: Path, log_probability: NDArray[np.float32], outcome: NDArray[np.uint8]) -> None:
+    with replacing(path) as file:
+        np.savez_compressed(file, log_probability=log_probability, outcome=outcome)

@@ -1,5 +1,6 @@
 """A trained recogniser as the ONNX file of an insightface model pack."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from negfacediff_core.errors import WeightsError
+from negfacediff_core.explained import explained
 from negfacediff_core.faces.packs import PIXELS_KEY
 from negfacediff_core.recognition.backbones import INPUT_SIZE, IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.train import read_checkpoint
@@ -70,21 +72,21 @@ def write_checked(network: nn.Module, path: Path, pixels: str | None = None) -> 
 
     `pixels` is the row of PIXELS that it takes, where that is not -1..1: the file says so.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    write_onnx(network, partial)
-    if pixels is not None:
-        model = onnx.load(partial)
-        onnx.helper.set_model_props(model, {PIXELS_KEY: pixels})
-        onnx.save(model, partial)
-    error = _disagreement(network, partial)
-    if not error < TOLERANCE:
-        partial.unlink()
-        raise WeightsError(
-            f"The exported recogniser differs from the trained one by {error:.1e} (allowed {TOLERANCE}): "
-            "nothing was written. Train the network afresh, or check the versions of torch and onnxruntime."
-        )
-    partial.replace(path)
+    with explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_onnx(network, partial)
+            if pixels is not None:
+                model = onnx.load(partial)
+                onnx.helper.set_model_props(model, {PIXELS_KEY: pixels})
+                onnx.save(model, partial)
+            _check_agreement(network, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_onnx(network: nn.Module, path: Path) -> None:
@@ -104,11 +106,16 @@ def write_onnx(network: nn.Module, path: Path) -> None:
         )
 
 
-def _disagreement(network: nn.Module, path: Path) -> float:
-    """Largest difference between onnxruntime and torch on noise, as a share of the largest number."""
+def _check_agreement(network: nn.Module, path: Path) -> None:
+    """Compare onnxruntime with torch on noise; WeightsError if they differ."""
     crops = np.random.default_rng(0).uniform(-1, 1, (3, 3, INPUT_SIZE, INPUT_SIZE)).astype(np.float32)
     with torch.inference_mode():
         expected = network(torch.from_numpy(crops)).numpy()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(["embeddings"], {"crops": crops})[0]
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if not error < TOLERANCE:
+        raise WeightsError(
+            f"The exported recogniser differs from the trained one by {error:.1e} (allowed {TOLERANCE}): "
+            "nothing was written. Train the network afresh, or check the versions of torch and onnxruntime."
+        )

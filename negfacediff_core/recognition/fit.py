@@ -7,6 +7,7 @@ functions of (seed, epoch, step), and everything else stands in the state.
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +18,21 @@ from torch import Tensor
 
 from negfacediff_core.errors import NegFaceDiffError, StoppedError, WeightsError
 from negfacediff_core.recognition.classifier import MarginHead, Recogniser, scaled
-from negfacediff_core.recognition.course import Position, is_over, judged, rate_at
+from negfacediff_core.recognition.course import Position, is_over, judged
 from negfacediff_core.recognition.curves import write_picture, write_table
 from negfacediff_core.recognition.dynamics import (
     HELD_OUT,
     IMAGES,
-    RIGHT,
-    UNSEEN,
-    WRONG,
+    has_final,
     write_epoch,
+    write_final,
     write_images,
 )
 from negfacediff_core.recognition.held_out import held_out_scores
 from negfacediff_core.recognition.launcher import Progress, run_processes
 from negfacediff_core.recognition.loader import Batch, Loader, epoch_order
 from negfacediff_core.recognition.randaugment import Variation
+from negfacediff_core.recognition.record import Record, look_back
 from negfacediff_core.recognition.seeds import seed_of
 from negfacediff_core.recognition.training_job import BEST, STATE, TrainingJob, claim, starting_network
 from negfacediff_core.stopping import unwanted
@@ -64,7 +65,7 @@ def fit(job: TrainingJob, progress: Progress) -> dict[str, Any]:
     write_images(job.folder, IMAGES, job.training)
     write_images(job.folder, HELD_OUT, job.held_out)
     state = read_state(job)
-    if state is None or not is_over(job.recipe, Position(**state["position"])):
+    if state is None or not is_over(job.recipe, Position(**state["position"])) or not has_final(job.folder):
         run_processes(_train, job, progress)
         state = read_state(job)
     assert state is not None  # a training that has ended has saved it
@@ -105,24 +106,22 @@ class _Run:
         )
         # these wrap the same weights: what is read, saved and restored are the ones within
         self.wrapped, self.stepper = fabric.setup(self.module, self.optimiser)
-        variation = Variation(recipe.flip, recipe.operations, recipe.magnitude, recipe.erase, recipe.seed)
+        variation = Variation(
+            recipe.flip, recipe.operations, recipe.magnitude, recipe.erase, recipe.seed, recipe.policy
+        )
         self.loader = Loader(job.training, variation, job.loaders, fabric.device)
         self.forget()
 
     def forget(self) -> None:
         """Begin the record of an epoch."""
-        count, device = len(self.job.training), self.fabric.device
-        self.loss = torch.zeros((), device=device)
-        # chosen so that the least, and the largest, over processes are right: one of them saw an image
-        self.log_probability = torch.full((count,), torch.inf, device=device)
-        self.outcome = torch.full((count,), UNSEEN, dtype=torch.uint8, device=device)
+        self.loss = torch.zeros((), device=self.fabric.device)
+        self.record = Record(len(self.job.training), self.fabric.device)
 
     def gather(self) -> None:
         """Put together what the processes have recorded."""
         if self.fabric.world_size > 1:
             self.fabric.all_reduce(self.loss, reduce_op="mean")
-            torch.distributed.all_reduce(self.log_probability, torch.distributed.ReduceOp.MIN)
-            torch.distributed.all_reduce(self.outcome, torch.distributed.ReduceOp.MAX)
+        self.record.gather(self.fabric.world_size)
         self.position.loss = float(self.loss)
 
     def save(self) -> None:
@@ -135,8 +134,8 @@ class _Run:
             "module": self.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.fabric.strategy.precision.state_dict(),
-            "log_probability": self.log_probability,
-            "outcome": self.outcome,
+            "log_probability": self.record.log_probability,
+            "outcome": self.record.outcome,
         }
         write_tensors(self.job.folder / STATE, state)
 
@@ -155,8 +154,8 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         self.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.loss = torch.tensor(self.position.loss, device=self.fabric.device)
-        self.log_probability = state["log_probability"].to(self.fabric.device)
-        self.outcome = state["outcome"].to(self.fabric.device)
+        self.record.log_probability = state["log_probability"].to(self.fabric.device)
+        self.record.outcome = state["outcome"].to(self.fabric.device)
 
     def embed(self, crops: Tensor) -> Tensor:
         """Embed crops for the choice of an epoch."""
@@ -167,13 +166,29 @@ class _Run:
 def _train(fabric: "Fabric", job: TrainingJob, progress: Progress) -> None:
     """All of a training, in one of its processes."""
     devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # dropout draws from the global generators
+    # dropout draws from the global generators
+    with torch.random.fork_rng(devices=devices), _quick_convolutions():
         run = _Run(fabric, job)
         run.restore()
         while not is_over(job.recipe, run.position):
             _train_epoch(run, progress)
             _end_epoch(run)
+        # the last state stands: whoever is stopped here looks again
+        seen = look_back(fabric, run.module, job.training, job.loaders)
+        if fabric.global_rank == 0:
+            write_final(job.folder, *seen.arrays())
         progress(job.images, job.images)
+
+
+@contextmanager
+def _quick_convolutions() -> Iterator[None]:
+    """Let cuDNN look for the quickest way to do the same convolutions over and over."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _train_epoch(run: _Run, progress: Progress) -> None:
@@ -218,7 +233,7 @@ def _step(run: _Run, batches: Iterator[Batch]) -> None:
     """One step of the optimiser."""
     recipe, position, parts = run.job.recipe, run.position, run.job.recipe.accumulate
     for group in run.optimiser.param_groups:
-        group["lr"] = rate_at(recipe, position, run.job.steps)
+        group["lr"] = run.job.rate(position)
     for part in range(parts):
         batch = next(batches)
         seed = seed_of(
@@ -233,10 +248,18 @@ def _step(run: _Run, batches: Iterator[Batch]) -> None:
             outcome = run.wrapped(batch.crops, batch.labels, torch.Generator().manual_seed(seed))
             run.fabric.backward(outcome.loss / parts)
         run.loss += outcome.loss.detach() / parts
-        run.log_probability[batch.images] = outcome.log_probability
-        run.outcome[batch.images] = torch.where(outcome.right, RIGHT, WRONG).to(torch.uint8)
+        run.record.note(batch.images, outcome)
+    if recipe.clip:
+        _clip(run)
     run.stepper.step()
     run.optimiser.zero_grad(set_to_none=True)
+
+
+def _clip(run: _Run) -> None:
+    """Shorten the gradients of the network, and of the class centres, to the norm that is allowed."""
+    run.fabric.strategy.precision.unscale_gradients(run.optimiser)
+    for part in (run.module.backbone, run.module.head):
+        torch.nn.utils.clip_grad_norm_(part.parameters(), run.job.recipe.clip)
 
 
 def _check(run: _Run) -> None:
@@ -279,7 +302,7 @@ def _judge(run: _Run) -> Position | None:
     row = _row(run, scores)
     position = judged(run.position, scores, run.job.recipe.patience)
     position.rows.append(row)
-    write_epoch(folder, position.epoch + 1, run.log_probability.cpu().numpy(), run.outcome.cpu().numpy())
+    write_epoch(folder, position.epoch + 1, *run.record.arrays())
     if position.best["epoch"] == position.epoch + 1:
         write_tensors(folder / BEST, _network(run, position.best))
     write_table(folder, position.rows)
@@ -289,12 +312,11 @@ def _judge(run: _Run) -> Position | None:
 def _row(run: _Run, scores: dict[str, float]) -> dict[str, float]:
     """The row of the curves for the epoch that ends."""
     position, job = run.position, run.job
-    seen = run.outcome != UNSEEN
     return {
         "epoch": position.epoch + 1,
         "loss": position.loss / job.steps,
-        "accuracy": float((run.outcome[seen] == RIGHT).float().mean()),
-        "learning_rate": rate_at(job.recipe, replace(position, step=job.steps - 1), job.steps),
+        "accuracy": run.record.accuracy(),
+        "learning_rate": job.rate(replace(position, step=job.steps - 1)),
         **scores,
         "seconds": position.seconds,
         "images_per_second": job.steps * job.batch / max(position.seconds, 1e-9),

@@ -1,7 +1,6 @@
 """How well a network in training tells held-out identities apart."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from negfacediff_core.evaluation.metrics import separability
 from negfacediff_core.evaluation.scores import compare
+from negfacediff_core.recognition.ahead import done_ahead
 from negfacediff_core.recognition.datasets import TrainingSet
 from negfacediff_core.stopping import heed
 
@@ -27,10 +27,10 @@ def held_out_scores(crops: TrainingSet, embed: Callable[[Tensor], Tensor], threa
     """
     images, identities, places = _chosen(crops)
     parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-    with ThreadPoolExecutor(threads, "held-out") as pool, torch.inference_mode():
-        # every batch is decoded while the one before is embedded
-        found = []
-        for part in pool.map(crops.read, parts):
+    found = []
+    with torch.inference_mode():
+        # batches are decoded while the one before is embedded
+        for part in done_ahead(crops.read, parts, threads):
             heed()
             found.append(embed(torch.from_numpy(part).permute(0, 3, 1, 2)).float().cpu().numpy())
     embeddings = np.concatenate(found)

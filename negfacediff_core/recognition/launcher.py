@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from negfacediff_core.errors import NegFaceDiffError, StoppedError
 from negfacediff_core.recognition.training_job import TrainingJob
-from negfacediff_core.stopping import ended_when, heed, unwanted
+from negfacediff_core.stopping import ended_when, unwanted
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from lightning_fabric import Fabric
 
 Progress = Callable[[int, int], None]  # images seen, images to see
@@ -31,38 +34,48 @@ _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 def run_processes(work: Work, job: TrainingJob, progress: Progress) -> None:
     """Run `work` in this process, or in as many further ones as the job asks for, and wait for them.
 
-    Raises what it raises; of several processes StoppedError, or NegFaceDiffError with what the one that
-    failed said.
+    Raises what it raises; of several processes StoppedError if they were asked to end, what the first of them
+    raised, or NegFaceDiffError if one died without a word.
     """
     fabric = _fabric(job)
     if job.execution.processes == 1:
         work(fabric, job, progress)
         return
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.SimpleQueue()
-    stop, over = context.Event(), threading.Event()
-    listener = threading.Thread(target=_listen, args=(messages, progress), daemon=True)
+    # Nothing here has a lock, which a process that is killed could keep: a byte, and a pipe for each process.
+    stop = context.RawValue("b", 0)
+    pipes = [context.Pipe(duplex=False) for _ in range(job.execution.processes)]
+    writers, over = [writer for _, writer in pipes], threading.Event()
+    raised: list[NegFaceDiffError] = []
+    listener = threading.Thread(
+        target=_listen, args=([reader for reader, _ in pipes], progress, raised), daemon=True
+    )
     # as this thread is asked to end, so the processes are
     watcher = threading.Thread(target=contextvars.copy_context().run, args=(_watch, stop, over), daemon=True)
     listener.start()
     watcher.start()
+    failure: Exception | None = None
     try:
         # no arguments: Fabric takes them apart, and stumbles over what is frozen
-        fabric.launch(_Process(work, job, messages, stop))
-        heed()
-    except (
-        ProcessRaisedException,
-        ProcessExitedException,
-    ) as error:
-        last = str(error).strip().splitlines()[-1]
-        raise NegFaceDiffError(
-            f"A process of the training failed: {last}. The same command goes on from the last checkpoint."
-        ) from error
+        fabric.launch(_Process(work, job, writers, stop))
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        failure = error
     finally:
         over.set()
-        messages.put(None)
+        for writer in writers:
+            writer.close()  # the last one is: the listener has heard all
         listener.join()
         watcher.join()
+    if raised:
+        raise raised[0] from failure
+    # of a process that has died, torch asks the others to end
+    if unwanted() or (stop.value and not failure):
+        raise StoppedError(f"The training was stopped; {job.folder} has what it has saved, to go on with.")
+    if failure:
+        last = str(failure).strip().splitlines()[-1]
+        raise NegFaceDiffError(
+            f"A process of the training failed: {last}. The same command goes on from the last checkpoint."
+        ) from failure
 
 
 def _fabric(job: TrainingJob) -> "Fabric":
@@ -70,7 +83,8 @@ def _fabric(job: TrainingJob) -> "Fabric":
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments import LightningEnvironment
 
-    precision = _PRECISIONS.get(job.recipe.precision, "32-true")
+    _quiet()
+    precision = _PRECISIONS.get(job.precision, "32-true")
     return Fabric(
         accelerator=job.device,
         devices=job.execution.processes,
@@ -81,26 +95,44 @@ def _fabric(job: TrainingJob) -> "Fabric":
     )
 
 
-class _Process:
-    """The work of a process of its own, until `stop` is set; the first one tells of progress."""
+def _quiet() -> None:
+    """What Fabric tells the console (the precision, the processes that begin) is no concern of the user's."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
-    def __init__(self, work: Work, job: TrainingJob, messages: Any, stop: Any) -> None:
-        self.work, self.job, self.messages, self.stop = work, job, messages, stop
+
+class _Process:
+    """The work of a process of its own, until `stop` is set; it tells of progress, and of what it raises."""
+
+    def __init__(self, work: Work, job: TrainingJob, writers: Sequence["Connection"], stop: Any) -> None:
+        self.work, self.job, self.writers, self.stop = work, job, writers, stop
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # in the process, and before Fabric tells the console that it begins there
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        # in the process, before Fabric sets it up, and tells the console of it
         self.__dict__.update(state)
+        _quiet()
+        signal.signal(signal.SIGINT, _outlive_interrupts)
+        signal.signal(signal.SIGTERM, self._ask_to_end)
 
     def __call__(self, fabric: "Fabric") -> None:
-        signal.signal(signal.SIGINT, _outlive_interrupts)
+        writer = self.writers[fabric.global_rank]
 
         def tell(done: int, total: int) -> None:
             if fabric.global_rank == 0:
-                self.messages.put((done, total))
+                writer.send((done, total))
 
-        with ended_when(self.stop.is_set), suppress(StoppedError):
-            self.work(fabric, self.job, tell)
+        with ended_when(lambda: bool(self.stop.value)), suppress(StoppedError):
+            try:
+                self.work(fabric, self.job, tell)
+            except StoppedError:
+                raise
+            except NegFaceDiffError as error:
+                writer.send(error)
+                raise
+
+    def _ask_to_end(self, number: int, frame: FrameType | None) -> None:
+        """A job is ended by SIGTERM to all of its processes: they save their work; a second one ends them."""
+        self.stop.value = 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _outlive_interrupts(number: int, frame: FrameType | None) -> None:
@@ -114,10 +146,21 @@ def _watch(stop: Any, over: threading.Event) -> None:
     """Set `stop` as soon as the work is unwanted, until it is `over`."""
     while not over.wait(_WATCHED):
         if unwanted():
-            stop.set()
+            stop.value = 1
             return
 
 
-def _listen(messages: Any, progress: Progress) -> None:
-    while (message := messages.get()) is not None:
-        progress(*message)
+def _listen(readers: list["Connection"], progress: Progress, raised: list[NegFaceDiffError]) -> None:
+    """Pass on what processes tell, and keep what they raise, until no one can write any more."""
+    while readers:
+        ready = wait(readers)
+        for reader in [one for one in readers if one in ready]:
+            try:
+                message = reader.recv()
+            except (EOFError, OSError):  # the end of it, or of a message, of which a kill has left a part
+                readers.remove(reader)
+                continue
+            if isinstance(message, NegFaceDiffError):
+                raised.append(message)
+            else:
+                progress(*message)

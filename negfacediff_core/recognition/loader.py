@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from negfacediff_core.recognition.datasets import TrainingSet
-from negfacediff_core.recognition.randaugment import Variation, vary
+from negfacediff_core.recognition.randaugment import Plan, Variation, apply_variation, plan_variation
 from negfacediff_core.recognition.seeds import generator_of
 
 # Batches that are made beyond one a thread.
@@ -42,10 +42,10 @@ def epoch_order(count: int, batch_size: int, seed: int, epoch: int) -> NDArray[n
 
 
 class Loader:
-    """Makes batches with `threads` threads; `waited` are the seconds in which a batch was not yet there.
+    """Makes batches with `threads` threads; `waited` are the seconds that whoever takes them waited for them.
 
-    With `device` cpu, threads vary the crops as well; otherwise that is done on the device, in the order of
-    its other work.
+    With `device` cpu, threads vary the crops as well. Otherwise threads decide how, and the device does it in
+    the order of its other work; `waited` has the time to tell it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Loader:
 
     def batches(self, epoch: int, parts: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """Yield a batch on the device for each of the `parts`, the images `(N,)` that it holds, in order."""
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[tuple[Batch, Plan]]] = deque()
         before = torch.get_num_threads()
         # each of them with one thread: for operations of theirs the network keeps the cores
         with ThreadPoolExecutor(self.threads, "loader", torch.set_num_threads, (1,)) as pool:
@@ -64,28 +64,29 @@ class Loader:
                 for part in parts:
                     waiting.append(pool.submit(self._make, epoch, part))
                     if len(waiting) >= self.threads + _AHEAD:
-                        yield self._take(epoch, waiting.popleft())
+                        yield self._take(waiting.popleft())
                 while waiting:
-                    yield self._take(epoch, waiting.popleft())
+                    yield self._take(waiting.popleft())
             finally:
                 for future in waiting:
                     future.cancel()
                 # what a thread sets for itself would hold for threads that others start later
                 torch.set_num_threads(before)
 
-    def _take(self, epoch: int, future: "Future[Batch]") -> Batch:
+    def _take(self, future: Future[tuple[Batch, Plan]]) -> Batch:
         begun = time.perf_counter()
-        batch = future.result()
+        batch, plan = future.result()
+        if self.device.type != "cpu":
+            batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
+            batch = batch._replace(crops=apply_variation(batch.crops, plan.to(self.device), self.variation))
         self.waited += time.perf_counter() - begun
-        if self.device.type == "cpu":
-            return batch
-        batch = Batch(*(part.to(self.device, non_blocking=True) for part in batch))
-        return batch._replace(crops=vary(batch.crops, batch.images, epoch, self.variation))
+        return batch
 
-    def _make(self, epoch: int, part: NDArray[np.int64]) -> Batch:
+    def _make(self, epoch: int, part: NDArray[np.int64]) -> tuple[Batch, Plan]:
         images = torch.from_numpy(part)
         crops = torch.from_numpy(self.training.read(part)).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(self.training.labels[part])
+        plan = plan_variation(images, epoch, self.variation)
         if self.device.type == "cpu":
-            return Batch(images, vary(crops, images, epoch, self.variation), labels)
-        return Batch(*(tensor.pin_memory() for tensor in (images, crops, labels)))
+            return Batch(images, apply_variation(crops, plan, self.variation), labels), plan
+        return Batch(*(tensor.pin_memory() for tensor in (images, crops, labels))), plan.pinned()

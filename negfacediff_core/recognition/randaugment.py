@@ -1,18 +1,18 @@
 """Random variation of training crops, of a whole batch at once: mirroring, RandAugment, random erasing.
 
 What happens to an image is a function of (seed, epoch, row of the training set) alone, on whichever device
-and in whatever batch; arithmetic is that of Pillow's operations of the same names.
+and in whatever batch. It is decided on the CPU (`plan_variation`), so that nobody waits for a GPU that
+carries it out (`apply_variation`).
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from negfacediff_core import noise
+from negfacediff_core.recognition.pixel_operations import OPERATIONS, Operation
 
 # Strengths of RandAugment go from 0 to this.
 MOST = 30
@@ -20,76 +20,109 @@ MOST = 30
 ERASED = 128
 # Of random erasing (arXiv 1708.04896): share of the area, and the range of height over width.
 _AREA, _RATIO = (0.02, 0.33), (0.3, 3.3)
-# Uniform numbers an image besides those of its operations.
+# Uniform numbers an image besides those of its operations: whether it is mirrored, erased, and what of it.
 _FIXED = 6
 
 
-# Changes images, of which it is told the numbers as well.
-_OfSome = Callable[[Tensor, Tensor], Tensor]
-
-
 class Variation(NamedTuple):
-    """How strongly images vary; the fields are those of `RecogniserConfig`."""
+    """How strongly images vary; the fields are those of `RecogniserConfig`, `policy` a row of `POLICIES`."""
 
     flip: float
     operations: int
     magnitude: int
     erase: float
     seed: int
+    policy: str = "fixed"
 
 
-def vary(crops: Tensor, rows: Tensor, epoch: int, variation: Variation) -> Tensor:
-    """Vary `(N, 3, S, S)` uint8 crops, those with the numbers `rows` `(N,)` of the training set.
+#: Crops as they are.
+UNVARIED = Variation(flip=0.0, operations=0, magnitude=0, erase=0.0, seed=0)
 
-    Each is mirrored with probability `flip`, goes through `operations` random rows of `OPERATIONS` one after
-    the other, and loses a rectangle with probability `erase`. Returns the same shape and type.
+
+class Plan(NamedTuple):
+    """What happens to the N images of a batch, step by step; a step does the same to neighbours.
+
+    Sorted by what happens to them, the images of an operation are one slice: writing them back in order, one
+    by one, would take longer than most operations. `orders` `(steps + 1, N)` says which image of the step
+    before stands where, and in the end in the batch. In the order of each step are `amounts`, `(N,)` or of
+    random erasing `(N, 4)`; `counts` are how many images each of its operations gets.
     """
-    count = _FIXED + 2 * variation.operations
+
+    orders: Tensor
+    amounts: list[Tensor]
+    counts: list[list[int]]
+
+    def pinned(self) -> "Plan":
+        """Put it where a GPU fetches it by itself."""
+        return self._replace(
+            orders=self.orders.pin_memory(), amounts=[amounts.pin_memory() for amounts in self.amounts]
+        )
+
+    def to(self, device: torch.device) -> "Plan":
+        """Copy it to a device; nobody waits for that if it is `pinned`."""
+        return self._replace(
+            orders=self.orders.to(device, non_blocking=True),
+            amounts=[amounts.to(device, non_blocking=True) for amounts in self.amounts],
+        )
+
+
+def plan_variation(rows: Tensor, epoch: int, variation: Variation) -> Plan:
+    """Decide what happens in an epoch to the images `rows` `(N,)` of the training set, on the CPU.
+
+    Each is mirrored with probability `flip`, goes through `operations` random ones of its policy, one after
+    the other, and loses a rectangle with probability `erase`.
+    """
+    policy, count = POLICIES[variation.policy], variation.operations
     draws = noise.uniform(
-        variation.seed, rows.cpu(), [epoch] * len(rows), 0, (count,), "cpu", noise.AUGMENTATION
-    ).to(crops.device)
-    mirrored, erased, rectangles = draws[:, 0] < variation.flip, draws[:, 1] < variation.erase, draws[:, 2:6]
-    batch = _Batch(crops, torch.arange(len(crops), device=crops.device))
-    batch = _each(batch, mirrored.long(), (None, lambda some, which: some.flip(3)))
-    for one in range(variation.operations):
-        chosen, coin = draws[:, _FIXED + 2 * one], draws[:, _FIXED + 2 * one + 1]
-        batch = _randaugment(batch, chosen, coin, variation.magnitude)
-    batch = _each(batch, erased.long(), (None, lambda some, which: _erased(some, rectangles[which])))
-    return batch.crops.index_select(0, batch.which.argsort())
+        variation.seed, rows, [epoch] * len(rows), 0, (_FIXED + 3 * count,), "cpu", noise.AUGMENTATION
+    )
+    chosen, coins = draws[:, _FIXED : _FIXED + 2 * count].unflatten(1, (count, 2)).unbind(2)
+    strengths = _strengths(draws[:, _FIXED + 2 * count :], variation.magnitude, policy.random)
+    signed = torch.where(coins < 0.5, -strengths, strengths)
+    steps = [
+        (draws[:, 0] < variation.flip, torch.zeros(len(rows)), 2),
+        *((chosen[:, i] * len(policy.names), signed[:, i], len(policy.names)) for i in range(count)),
+        (draws[:, 1] < variation.erase, draws[:, 2:_FIXED], 2),
+    ]
+    orders, amounts, counts = [], [], []
+    which = torch.arange(len(rows))
+    for numbers, all_amounts, operations in steps:
+        own = numbers.long()[which]
+        orders.append(own.argsort(stable=True))
+        which = which[orders[-1]]
+        amounts.append(all_amounts[which])
+        counts.append(torch.bincount(own, minlength=operations).tolist())
+    return Plan(torch.stack([*orders, which.argsort()]), amounts, counts)
 
 
-class _Batch(NamedTuple):
-    """Crops in some order, and `which` `(N,)` of the batch they are."""
+def apply_variation(crops: Tensor, plan: Plan, variation: Variation) -> Tensor:
+    """Do to `(N, 3, S, S)` uint8 crops what is planned; the plan is on their device.
 
-    crops: Tensor
-    which: Tensor
-
-
-def _each(batch: _Batch, numbers: Tensor, operations: Sequence[_OfSome | None]) -> _Batch:
-    """Put each image through the operation with its number `(N,)`, all of one number at once; None keeps it.
-
-    An operation is told the images, and which of the batch they are. Sorted by number, the images of an
-    operation are one slice: writing them back in order, one by one, would take longer than most operations.
+    Returns the same shape and type.
     """
-    own = numbers[batch.which]
-    order = own.argsort(stable=True)
-    counts = torch.bincount(own, minlength=len(operations)).tolist()
-    crops, which = batch.crops.index_select(0, order), batch.which[order]
-    done = [
-        operate(some, rows) if operate is not None and len(rows) else some
-        for operate, some, rows in zip(operations, crops.split(counts), which.split(counts), strict=True)
-    ]
-    return _Batch(torch.cat(done), which)
+    policy = [OPERATIONS[name] for name in POLICIES[variation.policy].names]
+    steps: list[list[Operation | None]]
+    steps = [[None, _mirrored], *[policy] * variation.operations, [None, _erased]]
+    for operations, order, amounts, counts in zip(
+        steps, plan.orders[:-1], plan.amounts, plan.counts, strict=True
+    ):
+        crops = crops.index_select(0, order)
+        groups = zip(operations, crops.split(counts), amounts.split(counts), strict=True)
+        crops = torch.cat(
+            [operate(some, much) if operate and len(some) else some for operate, some, much in groups]
+        )
+    return crops.index_select(0, plan.orders[-1])
 
 
-def _randaugment(batch: _Batch, chosen: Tensor, coin: Tensor, magnitude: int) -> _Batch:
-    """Put each image through one operation, picked by `chosen` `(N,)` in [0, 1); `coin` is the sign's."""
-    signs = torch.where(coin < 0.5, -1.0, 1.0).float()
-    operations = [
-        operate and (lambda some, which, operate=operate: operate(some, magnitude / MOST, signs[which]))
-        for operate in OPERATIONS.values()
-    ]
-    return _each(batch, (chosen * len(OPERATIONS)).long(), operations)
+def _strengths(draws: Tensor, magnitude: int, random: bool) -> Tensor:
+    """Strengths of operations in [0, 1]: `magnitude`, or whole numbers from 1 to it, of `MOST`."""
+    if not random:
+        return torch.full_like(draws, magnitude / MOST)
+    return ((draws * magnitude).floor() + 1).clamp(max=magnitude) / MOST
+
+
+def _mirrored(crops: Tensor, amounts: Tensor) -> Tensor:
+    return crops.flip(3)
 
 
 def _erased(crops: Tensor, draws: Tensor) -> Tensor:
@@ -107,158 +140,17 @@ def _erased(crops: Tensor, draws: Tensor) -> Tensor:
     return crops.masked_fill(down[:, None, :, None] & across[:, None, None, :], ERASED)
 
 
-def _moved(crops: Tensor, matrix: tuple[Tensor | float, ...]) -> Tensor:
-    """Take each pixel (x, y) from (a x + b y + c, d x + e y + f), the nearest one; black from outside.
+class Policy(NamedTuple):
+    """The `names` of operations, each as likely as another; `random`: at a strength drawn for each image."""
 
-    Pixels are squares of side 1 from the upper left corner; the six numbers are `(N,)` or the same for all.
-    """
-    count, _, side, _ = crops.shape
-    a, b, c, d, e, f = (
-        torch.as_tensor(number, dtype=torch.float32, device=crops.device).expand(count)[:, None, None]
-        for number in matrix
-    )
-    middle = torch.arange(side, device=crops.device) + 0.5
-    x, y = middle[None, None, :], middle[None, :, None]
-    # in a black frame of one pixel, onto which everything outside falls
-    columns = (a * x + (b * y + c)).floor_().clamp_(-1, side)
-    lines = (d * x + (e * y + f)).floor_().clamp_(-1, side)
-    source = lines.add_(1).mul_(side + 2).add_(columns).add_(1).long().flatten(1)
-    framed = F.pad(crops, (1, 1, 1, 1)).flatten(2)
-    return framed.gather(2, source[:, None].expand(-1, 3, -1)).view_as(crops)
+    names: tuple[str, ...]
+    random: bool
 
 
-def _shear_x(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Push lines sideways by up to .3 of their distance from the top."""
-    return _moved(crops, (1.0, 0.3 * strength * signs, 0.0, 0.0, 1.0, 0.0))
-
-
-def _shear_y(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Push columns by up to .3 of their distance from the left."""
-    return _moved(crops, (1.0, 0.0, 0.0, 0.3 * strength * signs, 1.0, 0.0))
-
-
-def _shifted(crops: Tensor, strength: float, signs: Tensor, axis: int) -> Tensor:
-    """Take each pixel from whole pixels further along an axis, up to 150/331 of the side; black outside."""
-    side = crops.shape[-1]
-    pixels = int(150 / 331 * side * strength)
-    result = torch.zeros_like(crops)
-    for image, sign in enumerate(signs.tolist()):
-        start = 0 if sign > 0 else pixels
-        source, target = crops[image : image + 1], result[image : image + 1]
-        moved = source.narrow(axis, start + int(sign) * pixels, side - pixels)
-        target.narrow(axis, start, side - pixels).copy_(moved)
-    return result
-
-
-def _translate_x(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    return _shifted(crops, strength, signs, 3)
-
-
-def _translate_y(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    return _shifted(crops, strength, signs, 2)
-
-
-def _rotate(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Turn about the centre by up to 30 degrees."""
-    angle = torch.deg2rad(30 * strength * signs)
-    sine, cosine, half = angle.sin(), angle.cos(), crops.shape[-1] / 2
-    return _moved(
-        crops,
-        (cosine, sine, half * (1 - cosine - sine), -sine, cosine, half * (1 + sine - cosine)),
-    )
-
-
-def _blend(plain: Tensor | None, crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Go from a `plain` form of images, None for black, to them and up to nine tenths less far or beyond."""
-    factor = (1 + 0.9 * strength * signs)[:, None, None, None]
-    mixed = crops.float().mul_(factor)
-    if plain is not None:
-        mixed.add_(plain.float().mul_(1 - factor))
-    return mixed.clamp_(0, 255).to(torch.uint8)
-
-
-def _grey(crops: Tensor) -> Tensor:
-    """Luma (ITU-R BT.601), `(N, 1, S, S)` whole numbers."""
-    red, green, blue = crops.split(1, dim=1)
-    luma = red.int().mul_(19595)
-    return luma.add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).bitwise_right_shift_(16)
-
-
-def _brightness(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    return _blend(None, crops, strength, signs)
-
-
-def _colour(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    return _blend(_grey(crops), crops, strength, signs)
-
-
-def _contrast(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    grey = _grey(crops)
-    # in whole numbers: a mean in floating point depends on the order of its sum
-    mean = (2 * grey.sum(dim=(1, 2, 3), keepdim=True) + grey[0].numel()) // (2 * grey[0].numel())
-    return _blend(mean, crops, strength, signs)
-
-
-def _sharpness(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Towards or away from the mean of 3x3 pixels, the middle one five times; the border stays as it is."""
-    values = crops.short()
-    lines = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
-    total = lines[..., :-2] + lines[..., 1:-1] + lines[..., 2:] + 4 * values[..., 1:-1, 1:-1]
-    # a thirteenth, rounded: exact for every total up to 13 x 255
-    values[..., 1:-1, 1:-1] = total.int().mul_(5041).add_(32768).bitwise_right_shift_(16)
-    return _blend(values, crops, strength, signs)
-
-
-def _posterise(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Keep the upper bits of each number, 4 of them at full strength."""
-    return crops & (0xFF << round(4 * strength) & 0xFF)
-
-
-def _solarise(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Invert what is as bright as a threshold, which falls to 0 at full strength."""
-    return torch.where(crops >= math.ceil(255 * (1 - strength)), 255 - crops, crops)
-
-
-def _autocontrast(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Stretch each channel to the whole range."""
-    flat = crops.flatten(2)
-    low, high = (extreme[..., None, None].float() for extreme in torch.aminmax(flat, dim=2))
-    # a channel of a single value stays as it is
-    scale, low = 255 / torch.where(high > low, high - low, 255), torch.where(high > low, low, 0)
-    return crops.float().sub_(low).mul_(scale).clamp_(0, 255).to(torch.uint8)
-
-
-def _equalise(crops: Tensor, strength: float, signs: Tensor) -> Tensor:
-    """Give each channel a flat histogram."""
-    channels = crops.flatten(0, 1).flatten(1)
-    # every channel's levels follow the last one's, so that one count and one table do for all
-    numbers = channels.int().add_(
-        256 * torch.arange(len(channels), device=crops.device, dtype=torch.int32)[:, None]
-    )
-    histogram = torch.bincount(numbers.view(-1), minlength=256 * len(channels)).view(-1, 256)
-    last = histogram.gather(1, channels.amax(dim=1, keepdim=True).long())
-    step = (channels.shape[1] - last) // 255
-    before = histogram.cumsum(1) - histogram
-    levels = ((step // 2 + before) // step.clamp(min=1)).clamp_(max=255)
-    levels = torch.where(step > 0, levels, torch.arange(256, device=crops.device)).to(torch.uint8)
-    return levels.view(-1).index_select(0, numbers.view(-1)).view_as(crops)
-
-
-#: RandAugment's operations (arXiv 1909.13719) of uint8 crops, a strength in [0, 1] and signs `(N,)`, of which
-#: an image gets each with the same probability.
-OPERATIONS: dict[str, Callable[[Tensor, float, Tensor], Tensor] | None] = {
-    "identity": None,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
-    "rotate": _rotate,
-    "brightness": _brightness,
-    "colour": _colour,
-    "contrast": _contrast,
-    "sharpness": _sharpness,
-    "posterise": _posterise,
-    "solarise": _solarise,
-    "autocontrast": _autocontrast,
-    "equalise": _equalise,
+#: RandAugment (arXiv 1909.13719) as libraries have it, and as code of IDiff-Face and NegFaceDiff has it.
+POLICIES = {
+    "fixed": Policy(tuple(name for name in OPERATIONS if name != "grey"), random=False),
+    "idiff-face": Policy(
+        tuple(name for name in OPERATIONS if name not in ("shear_y", "translate_y")), random=True
+    ),
 }

@@ -29,6 +29,13 @@ class Head(StrEnum):
     adaface = "adaface"
 
 
+class Augmentation(StrEnum):
+    """What RandAugment draws from: `POLICIES` of `randaugment`."""
+
+    fixed = "fixed"
+    idiff_face = "idiff-face"
+
+
 class Schedule(StrEnum):
     """`steps` lowers the rate at given epochs, `plateau` where held-out identities gain no more, `cosine`
     continuously to zero.
@@ -87,20 +94,40 @@ class RecogniserConfig(Model):
     schedule: Schedule = Field(
         default=Schedule.steps,
         description="When the rate falls. steps: tenfold at the epochs of drops. plateau: tenfold where the "
-        "held-out identities gain no more, and the fourth time is the end. cosine: to zero.",
+        "held-out identities gain no more, and the fourth time (or stop) is the end. cosine: to zero.",
     )
     drops: tuple[int, ...] = Field(
         default=(22, 30, 35), description="Epochs, counted from 1, that begin with a tenth of the rate."
     )
     patience: int = Field(default=3, ge=1, le=1000, description="Epochs without gain that plateau waits for.")
+    stop: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Epochs without gain that end plateau, however often the rate has fallen. 0: the fourth "
+        "fall ends it.",
+    )
     warmup: float = Field(default=0.0, ge=0, le=1000, description="Epochs in which the rate rises from zero.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Of SGD.")
     weight_decay: float = Field(default=5e-4, ge=0, le=1, description="Of all weights.")
+    clip: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Largest norm of a step's gradients, of the network and of the class centres each; 0: as "
+        "they are.",
+    )
     flip: float = Field(default=0.5, ge=0, le=1, description="Share of the images that are mirrored.")
     operations: int = Field(
         default=4, ge=0, le=14, description="RandAugment: operations an image; 0: without."
     )
     magnitude: int = Field(default=16, ge=0, le=30, description="RandAugment: their strength.")
+    policy: Augmentation = Field(
+        default=Augmentation.fixed,
+        description="RandAugment: fixed draws from 14 operations, at the strength magnitude. idiff-face, as "
+        "that paper's code, from 13 (grey instead of shearing and moving upright), at a strength drawn from "
+        "1 to magnitude.",
+    )
     erase: float = Field(
         default=0.5, ge=0, le=1, description="Share of the images that lose a random rectangle."
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from negfacediff_core.errors import ConfigError, NegFaceDiffError, WeightsError
 from negfacediff_core.images import to_float
+from negfacediff_core.processor import fast_bfloat16
 from negfacediff_core.recognition.augment import augment, pooled_crops
 from negfacediff_core.recognition.backbones import IResNet, PlainNet, build_backbone
 from negfacediff_core.recognition.heads import MARGINS, cosines
@@ -111,7 +112,7 @@ def train_recogniser(
         "steps": settings.steps,
         "seconds": run.seconds,
         "parameters": sum(p.numel() for p in backbone.parameters()),
-        "precision": "bf16" if _fast_bfloat16() else "fp32",
+        "precision": "bf16" if fast_bfloat16() else "fp32",
         "trained_identities": trained,
         "replicates": replicates,
         "curve": run.curve,
@@ -180,7 +181,7 @@ def _train_step(run: _Run, crops: NDArray[np.uint8], labels: Tensor, settings: T
     run.backbone.train()
     with (
         torch.random.fork_rng(devices=[]),  # dropout draws from the global generator
-        torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()),
+        torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()),
     ):
         torch.default_generator.manual_seed(seed_of(settings.seed, "dropout", run.step))
         embeddings = run.backbone.embed_pooled(batch)
@@ -215,12 +216,6 @@ def _batch(step: int, count: int, settings: TrainingSettings) -> Tensor:
     epoch, index = divmod(step, count // size)
     order = torch.randperm(count, generator=generator_of(settings.seed, "order", epoch))
     return order[index * size : (index + 1) * size]
-
-
-def _fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware: elsewhere autocast only costs time."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def _save(run: _Run, origin: dict[str, Any], metrics: dict[str, Any], path: Path) -> None:

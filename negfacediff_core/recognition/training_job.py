@@ -1,8 +1,7 @@
 """What a training is to do, checked before it begins, and the folder that it owns."""
 
-import fcntl
+import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from negfacediff_core.errors import ConfigError, PlaceError, StoreError, WeightsError
+from negfacediff_core.errors import ConfigError, DamagedError, StoreError, WeightsError
+from negfacediff_core.file_locks import locked
+from negfacediff_core.processor import fast_bfloat16, usable_cores
 from negfacediff_core.recognition.backbones import IRESNET_LAYERS, IResNet, PlainNet, build_backbone
-from negfacediff_core.recognition.datasets import TrainingSet
+from negfacediff_core.recognition.course import Position, rate_at
+from negfacediff_core.recognition.datasets import Progress, TrainingSet, unreadable
 from negfacediff_core.recognition.demo import DEMO_NETWORKS
 from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecution
 from negfacediff_core.recognition.recogniser_files import load_network
@@ -23,6 +25,8 @@ from negfacediff_core.tensor_files import replacing
 
 #: Files of a training's folder: what it trains, its state, and the weights of its best epoch.
 DESCRIPTION, STATE, BEST = "training.json", "state.pt", "best.pt"
+#: Where the crops are listed that keep a training from beginning, and how many of them its error names.
+UNREADABLE, NAMED = "unreadable.txt", 5
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,13 @@ class TrainingJob:
     @property
     def loaders(self) -> int:
         """Threads of each process that decode."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.execution.loaders or max(1, cores // self.execution.processes)
+        return self.execution.loaders or max(1, usable_cores() // self.execution.processes)
+
+    @property
+    def precision(self) -> str:
+        """That of the recipe; fp32 in the place of bf16 where a CPU would only take longer for it."""
+        slow = self.recipe.precision == "bf16" and self.device == "cpu" and not fast_bfloat16()
+        return "fp32" if slow else self.recipe.precision
 
     @property
     def batch(self) -> int:
@@ -64,10 +73,21 @@ class TrainingJob:
         """Images that are seen in all epochs together."""
         return self.recipe.epochs * self.steps * self.batch
 
+    def rate(self, position: Position) -> float:
+        """Learning rate of a step: that of the schedule, in proportion to the images that a step has."""
+        return rate_at(self.recipe, position, self.steps) * self.batch / self.recipe.batch_size
+
     def describe(self) -> dict[str, Any]:
-        """Return what decides the result, in JSON types."""
+        """Return what decides the result, in JSON types.
+
+        `start` is the SHA-256 of the weights that the recipe starts from; None where there are none any more.
+        """
+        weights = _start_file(self.recipe)
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "batch": self.batch,
+            "start": _sha256(weights) if weights and weights.is_file() else None,
+            "origin": self.training.origin._asdict(),
             "training": _described(self.training),
             "held_out": _described(self.held_out),
         }
@@ -127,11 +147,13 @@ def architecture_of(recipe: RecogniserConfig) -> dict[str, Any]:
 
 
 def starting_network(job: TrainingJob) -> IResNet | PlainNet:
-    """Build the network, with the weights to start from where the recipe names some."""
+    """Build the network, with the weights to start from where the recipe names some.
+
+    A training that goes on has its own weights in its state: then those to start from are not looked at.
+    """
     backbone = build_backbone(job.architecture, job.recipe.seed)
-    if job.recipe.start:
-        path = Path(job.recipe.start)
-        path = path / BEST if path.is_dir() else path
+    path = _start_file(job.recipe)
+    if path and not (job.folder / STATE).exists():
         try:
             backbone.load_state_dict(load_network(path).state_dict())
         except RuntimeError as error:
@@ -142,32 +164,56 @@ def starting_network(job: TrainingJob) -> IResNet | PlainNet:
     return backbone
 
 
+def _start_file(recipe: RecogniserConfig) -> Path | None:
+    """The file of weights that a recipe starts from; None if it starts from none."""
+    if not recipe.start:
+        return None
+    path = Path(recipe.start)
+    return path / BEST if path.is_dir() else path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Hold a training's folder, which is made as needed, for this process alone.
 
     Raises StoreError if another process trains there, or it cannot be written (PlaceError).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise PlaceError(f"cannot write {folder}: {error.strerror}; give another folder.") from error
-    try:
-        # of the folder itself: there is no file of a lock to be left over
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(folder / ".lock", busy=f"another process trains in {folder}: let it end."):
         yield
-    except BlockingIOError as error:
-        raise StoreError(f"another process trains in {folder}: let it end.") from error
-    finally:
-        os.close(handle)
+
+
+def check_crops(job: TrainingJob, crops: TrainingSet, progress: Progress) -> None:
+    """Before a training begins, read all of its crops once: one that is damaged would end it after hours.
+
+    Raises DamagedError if there are such; the file UNREADABLE of the folder then lists them. Nothing is
+    looked at once the training has begun.
+    """
+    if (job.folder / DESCRIPTION).exists():
+        return
+    listed = job.folder / UNREADABLE
+    wrong = unreadable(crops, job.loaders, progress)
+    if not wrong:
+        listed.unlink(missing_ok=True)
+        return
+    with replacing(listed) as file:
+        file.write("".join(f"{one}\n" for one in wrong).encode())
+    raise DamagedError(
+        f"{len(wrong):,} of {len(crops):,} crops cannot be trained on: {' '.join(wrong[:NAMED])} {listed} "
+        "lists them all. Copy or export these anew, or take them out, and run the same command again."
+    )
 
 
 def claim(job: TrainingJob) -> None:
     """Write down what is trained in a folder; ConfigError as `check_folder`."""
     check_folder(job)
-    with replacing(job.folder / DESCRIPTION) as file:
-        file.write((json.dumps(job.describe(), indent=1) + "\n").encode())
+    if not (job.folder / DESCRIPTION).exists():
+        with replacing(job.folder / DESCRIPTION) as file:
+            file.write((json.dumps(job.describe(), indent=1) + "\n").encode())
 
 
 def check_folder(job: TrainingJob) -> None:
@@ -178,18 +224,30 @@ def check_folder(job: TrainingJob) -> None:
             raise ConfigError(f"{job.folder} has a {STATE} and no {DESCRIPTION}: give another folder.")
         return
     try:
-        found = json.loads(path.read_bytes())
-        different = [key for key, value in job.describe().items() if found.get(key) != value]
-        recipe = job.describe()["recipe"]
-        fields = [name for name, value in recipe.items() if found.get("recipe", {}).get(name) != value]
+        different = _differences(json.loads(path.read_bytes()), job.describe())
     except (ValueError, AttributeError) as error:
         raise StoreError(f"{path} is damaged: give another folder.") from error
     if different:
-        named = ", ".join(fields) if fields else "the images"
         raise ConfigError(
-            f"{job.folder} holds another training: {named} differ. Go on with what it was begun with, or "
-            "give another folder."
+            f"{job.folder} holds another training: {', '.join(different)} differ. Go on with what it was "
+            "begun with, or give another folder."
         )
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Name what a training was begun with that differs from what is asked for now."""
+    # fields that an earlier version did not have are at their defaults, which change nothing
+    recipe = RecogniserConfig().model_dump(mode="json") | found.get("recipe", {})
+    different = [name for name, value in asked["recipe"].items() if recipe.get(name) != value]
+    if different:  # from which the others follow
+        return different
+    if asked["start"] not in (None, found.get("start")):
+        different.append("the weights of start")
+    if any(found.get(key) != asked[key] for key in ("origin", "training", "held_out")):
+        return [*different, "the images"]
+    if found.get("batch") != asked["batch"]:
+        different.append(f"the images of a step ({found.get('batch')}, {asked['batch']}; by the processes)")
+    return different
 
 
 def _described(crops: TrainingSet) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.settings import ExportConfig
-from negfacediff_core.recognition.datasets import CROP, PackedReader, TrainingSet, pack
+from negfacediff_core.recognition.datasets import CROP, TrainingSet, pack
+from negfacediff_core.recognition.origins import Origin
 from negfacediff_core.stages.exported import check_exportable, usable_images
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.shards import read_arrays
@@ -20,10 +21,11 @@ def training_set_of(
 ) -> TrainingSet:
     """Return the crops of a run whose status is ok; they are packed into the folder `work`, once.
 
-    A store holds whole units, so that single images cannot be read from it. `progress` is told of units.
+    A store holds whole units, so that single images cannot be read from it. The file's name says what it
+    holds, so that trainings can share the folder. `progress` is told of units.
 
     Raises:
-        StoreError: if the run is not complete, or a unit is damaged.
+        StoreError: if the run is not complete, or a unit is damaged; PlaceError if there is no room.
         ConfigError: if it shows fewer than two identities.
     """
     settings = ExportConfig()
@@ -34,16 +36,16 @@ def training_set_of(
         raise ConfigError(
             f"The run {run} shows faces of fewer than two identities: there is nothing to train on."
         )
-    held = hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
-    path = work / f"crops-{stages['aligned'].fingerprint}-{held}.u8"
-    if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        pack(path, _parts(stages["aligned"], usable, progress))
+    aligned, held = stages["aligned"], hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+    reader = pack(
+        work / f"crops-{aligned.fingerprint}-{held}.u8", len(numbers), _parts(aligned, usable, progress)
+    )
     names = tuple(f"{identity:07d}_{replicate:04d}" for identity, replicate in numbers.tolist())
     labels = np.unique(numbers[:, 0], return_inverse=True)[1].astype(np.int64)
     # in the order of identities, however the blocks of the store cut their images
-    rows = np.lexsort((numbers[:, 1], numbers[:, 0]))
-    return TrainingSet(PackedReader(path), names, labels, np.arange(len(numbers)), numbers).chosen(rows)
+    order = np.lexsort((numbers[:, 1], numbers[:, 0]))
+    origin = Origin("aligned", aligned.fingerprint, stages["samples"].fingerprint)
+    return TrainingSet(reader, names, labels, np.arange(len(numbers)), origin, numbers).chosen(order)
 
 
 def _order(aligned: StageSpec, usable: NDArray[np.bool_]) -> NDArray[np.int64]:
