@@ -36,8 +36,10 @@ from negfacediff_core.store.shards import commit, prepare
 from negfacediff_core.store.tables import rows_of
 from tasks.machine import usable_cores
 
-TARGET = 0.7
+TARGET, ROUNDS = 0.7, 3
 BLOCK, IMAGES = 8, 50
+# By the clock processes must begin first, for some seconds: a set that takes several times as long.
+CLOCK_IDENTITIES = 400
 ENCODED: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": PNG_LEVEL},
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -127,17 +129,22 @@ def main() -> int:
     missed, cores = 0, usable_cores()
     with tempfile.TemporaryDirectory() as folder:
         stages = make_store(Path(folder) / "store", asked.identities)
-        count, blocks = asked.identities * IMAGES, asked.identities // BLOCK
+        clocked = make_store(Path(folder) / "clocked", CLOCK_IDENTITIES) if asked.clock else {}
+        count = asked.identities * IMAGES
         print(f"{count:,} images, load average {results['machine']['load_average']}; processor time an image")
         print("encoding  format          plain    floor     here  rate of plain")
         images = faces(BLOCK * IMAGES)
         for encoding in ENCODED:
-            plain = best_seconds(partial(encode, images, encoding)) / len(images)
-            floor = best_seconds(partial(encode_as_here, images, encoding)) / len(images)
             for form in FORMATS:
                 settings = ExportConfig(format=form, encoding=encoding)
-                out = Path(folder) / f"{encoding}-{form}"
-                here = best_seconds(partial(export, stages, settings, out, 1), 1) / count
+                rounds = []
+                for turn in range(ROUNDS):  # by turns, as other work on the machine comes and goes
+                    out = Path(folder) / f"{encoding}-{form}-{turn}"
+                    plain = best_seconds(partial(encode, images, encoding), 2) / len(images)
+                    floor = best_seconds(partial(encode_as_here, images, encoding), 2) / len(images)
+                    here = best_seconds(partial(export, stages, settings, out, 1), 1) / count
+                    rounds.append((plain, floor, here))
+                plain, floor, here = (min(times) for times in zip(*rounds, strict=True))
                 met = plain / here >= TARGET
                 missed += not met
                 times = {"plain_us": 1e6 * plain, "floor_us": 1e6 * floor, "here_us": 1e6 * here}
@@ -147,15 +154,14 @@ def main() -> int:
                 verdict = "met" if met else "MISSED"
                 print(f"{encoding:<9} {form:<12} {shown} {plain / here:>6.0%} ({verdict})")
             if asked.clock:
-                results["clock"].append(by_the_clock(stages, encoding, Path(folder), cores, blocks))
+                results["clock"].append(by_the_clock(clocked, encoding, Path(folder), cores))
     print(f"{missed or 'no'} targets missed; written to {write_results('export', results)}")
     return missed
 
 
-def by_the_clock(
-    stages: dict[str, StageSpec], encoding: str, folder: Path, cores: int, blocks: int
-) -> dict[str, Any]:
-    """Images a second on all cores, here and in the plain form."""
+def by_the_clock(stages: dict[str, StageSpec], encoding: str, folder: Path, cores: int) -> dict[str, Any]:
+    """Images a second on all cores, here (processes that begin included) and in the plain form."""
+    blocks = CLOCK_IDENTITIES // BLOCK
     with ProcessPoolExecutor(cores) as pool:
         list(pool.map(encode_blocks, [encoding] * cores, [0] * cores))
         share = [encoding] * cores, [-(-blocks // cores)] * cores
