@@ -52,9 +52,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Build synthetic face-recognition training sets with identity-conditioned diffusion and negative "
-    "contexts.\n\nStart with [bold]negfacediff demo[/bold]: it builds two small datasets from the same "
+    "contexts.\n\nStart with **negfacediff demo**: it builds two small datasets from the same "
     "contexts and noise, without and with a negative, and compares them.",
 )
 

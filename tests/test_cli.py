@@ -38,6 +38,13 @@ def test_every_command_and_option_is_explained(path):
     assert "Usage" in result.output
 
 
+def test_help_fills_the_lines_of_a_narrow_terminal():
+    said = CliRunner().invoke(cli.app, ["verify", "--help"], env={"COLUMNS": "80"}).output
+    text = said.partition("The exit code")[2].partition("╭")[0].strip()
+    *full, _ = [line.strip() for line in text.splitlines()]
+    assert len(full) > 3 and all(len(line) > 60 for line in full)
+
+
 def test_help_comes_at_once_without_loading_torch_or_prefect():
     code = (
         "import sys; from flows.cli import main\n"
