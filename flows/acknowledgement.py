@@ -18,6 +18,10 @@ from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.runs import read_run, run_names
 
 Licences = Sequence[Mapping[str, str]]
+_HOW = (
+    "read the licences of the weights (WEIGHTS.md; negfacediff weights check FOLDER), then set "
+    "accept_licences (--accept-licences)"
+)
 
 
 class Acknowledgement(Model):
@@ -61,7 +65,7 @@ def acknowledge_in_terminal(
         console.print("These terms have been accepted.\n")
         return execution
     if not sys.stdin.isatty():
-        raise ConfigError(_not_accepted(terms))
+        raise ConfigError(f"nobody is there to accept these terms: {_HOW}")
     if not typer.confirm("Do you accept these terms?"):
         raise ConfigError("the terms of the weights were not accepted; nothing was made")
     return execution.model_copy(update={"accept_licences": True})
@@ -112,9 +116,7 @@ def _recorded(store: str, run: str, licences: Licences) -> Acknowledgement | Non
 
 def _not_accepted(terms: Terms) -> str:
     return (
-        f"The weights allow a dataset under these terms alone: {terms.text} Nobody has accepted them: "
-        "read the licences of the weights (WEIGHTS.md; negfacediff weights check FOLDER), then set "
-        "accept_licences (--accept-licences)"
+        f"The weights allow a dataset under these terms alone: {terms.text} Nobody has accepted them: {_HOW}"
     )
 
 
@@ -124,7 +126,9 @@ def _each_once(lists: Iterable[Licences]) -> list[dict[str, str]]:
 
 
 def _table(licences: Licences) -> Table:
-    table = Table("part", "weights", "licence", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("part", "weights", "licence"):
+        table.add_column(title, overflow="fold")
     for one in licences:
         table.add_row(one["part"], one["source"], one["licence"])
     return table

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-CREDIT = "Credit the authors of the weights named below."
+CREDIT = "Credit the authors of the weights that made it."
 NON_COMMERCIAL = "Not for commercial use."
 RESEARCH = "For research only."
 SHARE_ALIKE = "What is made from it and passed on must carry the same licence."
@@ -46,7 +46,7 @@ UNKNOWN = Terms(
     "Not determined",
     "",
     (
-        "Do not publish or pass on before the terms of all weights named below are known and allow it.",
+        "Do not publish or pass on before the terms of all weights that made it are known and allow it.",
         "Treat it as not for commercial use meanwhile.",
     ),
     False,
