@@ -30,6 +30,7 @@ from flows.artifacts import (
     publish_failures,
 )
 from flows.form import STORE
+from flows.launch import stop_embedded_server
 from flows.progress import Meter, clock_text, show_progress
 from flows.results import (
     failed_images,
@@ -201,6 +202,7 @@ def run_groups(
 def _leave() -> None:
     """End this process soon, whatever its threads are at."""
     threading.Event().wait(LEAVE)
+    stop_embedded_server()
     os._exit(128 + signal.SIGTERM)
 
 

@@ -1,11 +1,13 @@
 """Runs a flow from the command line: quietly, with an orderly end when it is interrupted."""
 
+import atexit
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,8 +42,7 @@ def launch(flow: Callable[..., Any], *, after_interrupt: str = GOES_ON, **parame
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         command = shlex.join([os.environ.get("NEGFACEDIFF_COMMAND", "negfacediff"), *sys.argv[1:]])
         print(f"\nInterrupted. {after_interrupt}\n  {command}", file=sys.stderr)
-        # The very server that was started, by Prefect or here: there is one object a port, and one without.
-        SubprocessASGIServer().stop()
+        stop_embedded_server()
         sys.stdout.flush()
         sys.stderr.flush()
         # Threads in mid-unit cannot be stopped and would hold this up; they have committed nothing.
@@ -49,15 +50,36 @@ def launch(flow: Callable[..., Any], *, after_interrupt: str = GOES_ON, **parame
 
 
 def _start_embedded_server() -> None:
-    """Start the server as Prefect would by itself, but so that Ctrl-C does not end it before the flow."""
+    """Start the server as Prefect would by itself, but so that it outlives the flow.
+
+    Neither Ctrl-C nor SIGTERM, which job managers send to all processes, ends it: a flow without its server
+    tries for minutes to tell it of its own end. This process ends it, also on SIGTERM.
+    """
     print("Starting Prefect (about ten seconds)...", file=sys.stderr)
+    signal.signal(signal.SIGTERM, _end)
 
     def start() -> None:
-        with shielded_from_interrupts():
+        with shielded_from_interrupts(signal.SIGTERM):
             SubprocessASGIServer().start()
 
     # In a thread of its own, so that this one hears Ctrl-C while it waits.
     ThreadPoolExecutor(1).submit(start).result()
+    # before that which Prefect has registered, and which knows SIGTERM alone
+    atexit.register(stop_embedded_server)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """What SIGTERM does here; during a flow Prefect does it after it has noted the flow's end."""
+    stop_embedded_server()
+    os._exit(128 + number)
+
+
+def stop_embedded_server() -> None:
+    """End the server, where one was started, by Prefect or here."""
+    server = SubprocessASGIServer()  # the very same: there is one object a port, and one without
+    if server.server_process:
+        server.server_process.kill()
+    server.stop()
 
 
 def check_server(address: str) -> None:

@@ -52,14 +52,14 @@ def _version(package: str) -> str | None:
 
 
 @contextmanager
-def shielded_from_interrupts() -> Iterator[None]:
+def shielded_from_interrupts(*further: signal.Signals) -> Iterator[None]:
     """Keep Ctrl-C from the processes, and the threads that start processes, which the block makes.
 
     A terminal sends it to them all, but it is the flow's process that ends the build and its workers. One
-    that comes meanwhile is delivered afterwards.
+    that comes meanwhile is delivered afterwards. Signals named in `further` are kept from them as well.
     """
     resource_tracker.ensure_running()  # it would lift the block when it is started within
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *further})
     try:
         yield
     finally:
