@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.cli import app
-from negfacediff_core.errors import ConfigError, StoppedError
+from negfacediff_core.errors import ConfigError, DamagedError, StoppedError
 from negfacediff_core.recognition.backbones import build_backbone
 from negfacediff_core.recognition.dynamics import (
     LEAST,
@@ -223,3 +223,18 @@ def test_a_training_that_is_not_over_is_told(trained, tmp_path, capsys):
 def test_a_folder_without_dynamics_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has finished an epoch"):
         prune_training(tmp_path, "dynunc", 0.5, 0.1, clean=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"none"])
+@pytest.mark.parametrize("name", ["images.csv", "held_out.csv", "epoch-0002.npz", "final.npz"])
+def test_damaged_dynamics_are_told(name, content, trained, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "damaged")
+    path = folder / "dynamics" / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "held_out.csv":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedError, match=name):
+        prune_training(folder, "diffprob", 0.5, 0.1, clean=True)

@@ -197,6 +197,8 @@ PATH, KEY = (b"%s,label,identity,replicate\n" % key for key in (b"path", b"key")
         ({"labels.csv": b"name,age\nx,3\n"}, "it has the columns path, label, identity, replicate"),
         ({"labels.csv": PATH + b"x,zero,1,2\n"}, "cannot be read"),
         ({"labels.csv": PATH + b"x,,1,2\n"}, "a cell is empty"),
+        ({"labels.csv": PATH}, "it names no image"),
+        ({"labels.csv": PATH + b"x.png,0,0,0\ny.png,1,1,0\n"}, r"x\.png cannot be read"),
         ({"data/train.parquet": b"none", "labels.csv": PATH + b"x,0,0,0\n"}, "train.parquet"),
         ({"shard-000000.tar": b"none", "labels.csv": KEY + b"x,0,0,0\n"}, "from byte 0 on"),
         ({"shard-000000.tar": b"", "labels.csv": KEY + b"x,0,0,0\n"}, "from byte 0 on"),

@@ -8,6 +8,8 @@ trained on, varied and with dropout; `final.npz` as the trained network sees all
 import csv
 import io
 import math
+import zipfile
+import zlib
 from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from negfacediff_core.errors import ConfigError
+from negfacediff_core.errors import ConfigError, DamagedError
 from negfacediff_core.recognition.datasets import TrainingSet
 from negfacediff_core.tensor_files import replacing
 
@@ -64,11 +66,17 @@ def write_images(folder: Path, file: str, crops: TrainingSet) -> None:
 
 
 def read_images(folder: Path, file: str) -> tuple[list[Named], NDArray[np.int64]]:
-    """Read what `write_images` wrote: images, and labels `(N,)`."""
-    with (folder / FOLDER / file).open(newline="", encoding="utf-8") as written:
-        rows = list(csv.DictReader(written))
-    images = [(row["image"], _number(row["identity"]), _number(row["replicate"])) for row in rows]
-    return images, np.array([int(row["label"]) for row in rows], np.int64)
+    """Read what `write_images` wrote: images, and labels `(N,)`. Raises DamagedError."""
+    path = folder / FOLDER / file
+    try:
+        with path.open(newline="", encoding="utf-8") as written:
+            rows = list(csv.DictReader(written))
+        if not rows:
+            raise ValueError("it names no image")
+        images = [(row["image"], _number(row["identity"]), _number(row["replicate"])) for row in rows]
+        return images, np.array([int(row["label"]) for row in rows], np.int64)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise _damaged(path) from error
 
 
 def write_epoch(
@@ -89,24 +97,26 @@ def has_final(folder: Path) -> bool:
 
 
 def read_final(folder: Path) -> Final | None:
-    """Read what `write_final` wrote; None if there is none."""
+    """Read what `write_final` wrote; None if there is none. Raises DamagedError."""
     if not has_final(folder):
         return None
-    final = np.load(folder / FOLDER / FINAL)
-    return Final(np.exp(final["log_probability"].astype(np.float64)), final["outcome"] == WRONG)
+    log_probability, outcome = _read(folder / FOLDER / FINAL)
+    return Final(np.exp(log_probability), outcome == WRONG)
 
 
 def read_dynamics(folder: Path) -> Dynamics:
-    """Read the dynamics of a training's epochs; ConfigError if there are none."""
+    """Read the dynamics of a training's epochs; ConfigError if there are none, DamagedError if unreadable."""
     paths = sorted((folder / FOLDER).glob("epoch-*.npz"))
     if not paths or not (folder / FOLDER / IMAGES).exists():
         raise ConfigError(
             f"{folder} holds no training dynamics: give the folder of a training that has finished an epoch."
         )
     images, labels = read_images(folder, IMAGES)
-    epochs = [np.load(path) for path in paths]
-    outcome = np.stack([epoch["outcome"] for epoch in epochs])
-    probability = np.exp(np.stack([epoch["log_probability"] for epoch in epochs]).astype(np.float64))
+    log_probabilities, outcomes = zip(*map(_read, paths), strict=True)
+    for path, found in zip(paths, outcomes, strict=True):
+        if found.shape != labels.shape:
+            raise _damaged(path)
+    outcome, probability = np.stack(outcomes), np.exp(np.stack(log_probabilities))
     return Dynamics(images, labels, np.where(outcome == UNSEEN, np.nan, probability), outcome)
 
 
@@ -196,6 +206,19 @@ def _greedy(falling: NDArray[np.float64], apart: float) -> NDArray[np.int64]:
 
 def _number(text: str) -> int | None:
     return int(text) if text else None
+
+
+def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """Log-probability and outcome `(N,)` of a file; DamagedError."""
+    try:
+        with np.load(path) as found:
+            return found["log_probability"].astype(np.float64), found["outcome"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> DamagedError:
+    return DamagedError(f"{path} is missing or damaged: train again in another folder.")
 
 
 def _write(path: Path, log_probability: NDArray[np.float32], outcome: NDArray[np.uint8]) -> None:

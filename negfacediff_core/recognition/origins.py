@@ -34,11 +34,10 @@ def origin_of(source: Path, files: Sequence[Path]) -> Origin:
     Raises StoreError if they cannot be read.
     """
     path = source / MANIFEST
-    with explained("read", source):
-        if not path.exists():
-            return Origin("files", _sampled(source, files))
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.exists():
+        return Origin("files", _sampled(source, files))
+    with explained("read", path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         samples = read_head(source)["stages"]["samples"]["fingerprint"]
     except (KeyError, TypeError) as error:
@@ -49,14 +48,23 @@ def origin_of(source: Path, files: Sequence[Path]) -> Origin:
 def _sampled(source: Path, files: Sequence[Path]) -> str:
     """SHA-256 of names, sizes, and blocks of bytes that lie evenly among all of them."""
     digest = hashlib.sha256()
-    sizes = np.array([path.stat().st_size for path in files], np.int64)
+    sizes = np.array([_size(path) for path in files], np.int64)
     for path, size in zip(files, sizes.tolist(), strict=True):
         digest.update(f"{path.relative_to(source)}\t{size}\n".encode())
     ends = np.cumsum(sizes)
     for place in np.linspace(0, max(ends[-1] - 1, 0), _BLOCKS).astype(np.int64):
         number = int(np.searchsorted(ends, place, side="right"))
         if number < len(files):
-            with files[number].open("rb", buffering=0) as file:
+            with explained("read", files[number]), files[number].open("rb", buffering=0) as file:
                 file.seek(int(place - ends[number] + sizes[number]))
                 digest.update(file.read(_BLOCK) or b"")
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DamagedError(
+            f"{path} cannot be read ({error.strerror}): copy or export the set anew."
+        ) from error

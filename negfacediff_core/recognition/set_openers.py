@@ -196,6 +196,8 @@ def _labels(source: Path, key: str) -> _Labels:
         )
         if any(column.null_count for column in table.columns):
             raise ValueError("a cell is empty")
+        if not table.num_rows:
+            raise ValueError("it names no image")
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(
             f"{path} cannot be read as that of an export ({' '.join(str(error).split())}): it has the "
