@@ -361,6 +361,25 @@ def written_until(written, made, job, folder, workers, pieces):
     return first_alone()
 
 
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_an_export_that_was_cut_short_at_its_end_goes_on(store, tmp_path, monkeypatch, removed):
+    export(store, tmp_path / "whole")
+    unlink, left = Path.unlink, iter(range(removed))
+
+    def dying(path, **options):
+        if path.name.startswith(".") and next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            export(store, tmp_path / "out")
+    assert (tmp_path / "out.partial" / ".state.json").exists() == (removed == 0)
+    export(store, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("form", ["imagefolder", "huggingface"])
 def test_images_that_a_power_failure_has_taken_are_written_again(store, tmp_path, monkeypatch, form):
     monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))

@@ -107,6 +107,8 @@ class Draft:
         with explained("write", self.folder):
             # one call for all files: to wait for half a million of them one by one takes hours
             os.sync()
+            # the state first: what is left of the others then holds nobody up who goes on
+            (self.folder / _STATE).unlink(missing_ok=True)
             for path in {*self.folder.glob(".*")} - {self.folder / _LOCK}:
                 path.unlink()
             self.folder.rename(self.out)
