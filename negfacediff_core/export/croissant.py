@@ -157,7 +157,7 @@ def _images(about: About) -> list[dict[str, Any]]:
         image, key = {"extract": {"fileProperty": "content"}}, _KEYS[form]
         place: dict[str, Any] = {**data, "extract": {"fileProperty": "fullpath"}}
         if form == "webdataset":
-            place["transform"] = {"regex": r"(?:.*/)?([^/]*)\.\w+$"}
+            place["transform"] = {"regex": r"(?:.*/)?([^/.]+)"}
         others = [
             {
                 **_field("images", key, "sc:Text", place),
