@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.results import licences_of
 from negfacediff_core.config import ExecutionConfig, Model
@@ -126,9 +126,9 @@ def _each_once(lists: Iterable[Licences]) -> list[dict[str, str]]:
 
 
 def _table(licences: Licences) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in ("part", "weights", "licence"):
-        table.add_column(title, overflow="fold")
+    # nothing of a licence is cut off, however long its words are
+    columns = (Column(name, overflow="fold") for name in ("part", "weights", "licence"))
+    table = Table(*columns, box=None, pad_edge=False)
     for one in licences:
         table.add_row(one["part"], one["source"], one["licence"])
     return table

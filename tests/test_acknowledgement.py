@@ -100,6 +100,7 @@ def test_on_a_terminal_the_terms_are_shown_and_asked_for(specs, store, monkeypat
         acknowledge_in_terminal(builds, store, PLAIN)
     said = " ".join(capsys.readouterr().out.split())
     assert "samples: generator" in said and said.count("Not for commercial use.") == 1
+    assert "\u2026" not in said
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
     assert acknowledge_in_terminal(builds, store, PLAIN) == ACCEPTING
     monkeypatch.setattr("sys.stdin", io.StringIO())

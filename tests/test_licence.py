@@ -59,6 +59,13 @@ def asked(terms):
         ),
         ("CC BY 4.0, no commercial use", "Non-commercial use only", "other", "nc"),
         ("Apache-2.0, not for any commercial use", "Non-commercial use only", "other", "nc"),
+        ("MIT licence. Commercial use is prohibited", "Non-commercial use only", "other", "nc"),
+        ("CC BY 4.0; for commercial use contact us", "Non-commercial use only", "other", "nc"),
+        (
+            "MIT, the weights may not be used for commercial purposes",
+            *("Non-commercial use only", "other", "nc"),
+        ),
+        ("CC BY-NC 4.0, for educational use only", "CC BY-NC 4.0", "cc-by-nc-4.0", "nc"),
     ],
 )
 def test_a_licence_is_read_as_it_is_named_and_gives_no_more_than_it_says(
@@ -74,7 +81,9 @@ def test_a_licence_is_read_as_it_is_named_and_gives_no_more_than_it_says(
     [
         *(SILENT, "", "all rights reserved", "GPL-3.0, parts MIT", "CreativeML Open RAIL-M; code MIT"),
         *("CC BY-ND 4.0", "Attribution-NonCommercial-NoDerivatives 4.0", "MIT; may not be redistributed"),
-        *("CC BY 4.0 (SA)", "by NAVER", "made by MIT CSAIL"),
+        *("CC BY 4.0 (SA)", "by NAVER", "made by MIT CSAIL", "not in the public domain"),
+        *("MIT License. For evaluation only.", "Apache-2.0 (code); weights only for personal use"),
+        *("CC BY-NC 4.0, not to be used to develop face recognition", "MIT, but not for surveillance"),
     ],
 )
 def test_what_is_not_understood_leaves_the_terms_open(licence):

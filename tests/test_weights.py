@@ -270,6 +270,10 @@ def test_a_licence_is_read_beside_the_weights_or_in_their_pack_and_nowhere_else(
             "research purposes only. They come as they are.",
             "MIT License [...] The models are for non-commercial research purposes only",
         ),
+        (
+            "MIT License\n\nCopyright 2020\n\nPermission is granted. Commercial use is not allowed.",
+            "MIT License [...] Commercial use is not allowed.",
+        ),
         (f"MIT {'x' * 296}, no commercial use", f"MIT {'x' * 296} [...] {'x' * 148}, no commercial use"),
         ("", ""),
     ],

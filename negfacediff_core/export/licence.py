@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-CREDIT = "Credit the authors of the weights that made it."
+CREDIT = "Credit the authors of the weights."
 NON_COMMERCIAL = "Not for commercial use."
 RESEARCH = "For research only."
 SHARE_ALIKE = "What is made from it and passed on must carry the same licence."
@@ -46,7 +46,7 @@ UNKNOWN = Terms(
     "Not determined",
     "",
     (
-        "Do not publish or pass on before the terms of all weights that made it are known and allow it.",
+        "Do not publish or pass on before the terms of all weights are known and allow it.",
         "Treat it as not for commercial use meanwhile.",
     ),
     False,
@@ -59,7 +59,7 @@ _END = r"(?=$| ?[;:,.()/]| (?:and|or|for|licen))"
 # Licences that ask for nothing: the pattern that a text matches, and what they are called. The later ones
 # are the longer ones, and give a mixture its name.
 _PERMISSIVE = (
-    (r"\bpublic domain\b", Terms("other", "Public domain", "", (), True)),
+    (r"(?<!not in the )\bpublic domain\b", Terms("other", "Public domain", "", (), True)),
     (r"\bcc ?0\b|\bcreative commons zero\b", Terms("cc0-1.0", "CC0 1.0", _CC0, (), True)),
     (
         rf"(?:^|[;:,(/] ?|\b(?:and|or|the|is|under) )mit{_END}|\bmit licen",
@@ -83,12 +83,24 @@ _IDENTIFIERS = {
     "by-nc": ("2.0", "3.0", "4.0"),
     "by-nc-sa": ("2.0", "3.0", "4.0"),
 }
-# What forbids that something is passed on, or changed before, and licences that are not understood here.
+# What forbids that something is passed on, or changed before, or a use other than commerce, and licences that
+# are not understood here.
 _CLOSED = (
     r"\bnd\b|\bno ?deriv|\b(?:no|not|never) (?:[a-z]+ ){0,3}(?:re)?distribut|\bproprietary\b|\bconfidential\b"
     r"|\b[al]?gpl|\bgeneral public licen|rail\b|\beula\b"
+    r"|\b(?:not|never|cannot)(?: to)?(?: be)? (?:used? (?:(?:it|them|(?:this|the) [a-z]+) )?(?:for|to)|for)\b"
+    r"(?! (?:any |a )?(?:[a-z]+ )?commercial| endorse)|\bexcept (?:for|to)\b"
 )
-_NOT_COMMERCIAL = r"\bnc(?![a-z])|\bnon ?commercial|\b(?:no|not) (?:[a-z]+ ){0,3}commercial"
+_NOT_COMMERCIAL = (
+    r"\bnc(?![a-z])|\bnon ?commercial|\b(?:no|not) (?:[a-z]+ ){0,3}commercial"
+    r"|\bcommercial[a-z ,:()]{0,40}\b(?:not\b|prohibit|forbid|exclud|requir|needs?\b|must\b|contact"
+    r"|permission)"
+)
+# What leaves less than a free licence does, and says nothing of commerce or research.
+_LIMITED = (
+    r"\b(?:evaluat|educat|personal|private|internal|scientific|stud(?:y|ies)|demo)[a-z ,]{0,40}\bonly\b"
+    r"|\bonly (?:be used )?for\b"
+)
 _ALIKE = r"\bsa(?![a-z])|\bshare ?alike"
 _FOR_RESEARCH = (
     r"\bacademic|\bresearch (?:purposes? |use )?only|\b(?:for|in|commercial) (?:[a-z]+ )?research\b"
@@ -149,8 +161,11 @@ def _stated(licence: str) -> list[Terms]:
         return []
     if re.search(_FOR_RESEARCH, text):
         found.append(_OF_RESEARCH)
-    elif re.search(_NOT_COMMERCIAL, text) and NON_COMMERCIAL not in asked:
-        found.append(_OF_NO_COMMERCE)
+    elif re.search(_NOT_COMMERCIAL, text):
+        if NON_COMMERCIAL not in asked:
+            found.append(_OF_NO_COMMERCE)
+    elif re.search(_LIMITED, text):
+        return []
     return found
 
 

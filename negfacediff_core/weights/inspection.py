@@ -29,7 +29,12 @@ USUAL_LICENCES = (
 # What a file of a licence begins with that says nothing of its terms.
 _TITLES = ("creative commons legal code",)
 # Words that take something back which a file of a licence has granted further up.
-_RESTRICTS = re.compile(r"non-?commercial|\b(no|not for) commercial|\bresearch (purposes|use|only)", re.I)
+_RESTRICTS = re.compile(
+    r"non-?commercial|\b(no|not for) commercial|\bresearch (purposes|use|only)"
+    r"|\bcommercial (use|purposes?)[^.]{0,40}\b(not|prohibit|forbid|requir)"
+    r"|\b(not|never) (to )?be used (for|to)\b(?! endorse)",
+    re.I,
+)
 
 
 class WeightFile(NamedTuple):
