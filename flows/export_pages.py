@@ -60,13 +60,14 @@ def lineage_of(store: str, run: str, job: Job) -> dict[str, Any]:
 def pages_of(store: str, job: Job, lineage: Mapping[str, Any], files: Sequence[FileSum]) -> dict[str, str]:
     """Return the pages of an export by their names; `files` are its others."""
     run, gate, accepted = lineage["run"], lineage["gate"], lineage["acknowledged"]
+    filter_ = lineage["filter"]
     figures = figures_of(run, stages_of_run(store, run))
     about = About(
         run=run,
         made=lineage["made"],
         version=lineage["negfacediff"],
         layout=job.layout,
-        settings=lineage["export"],
+        settings={**lineage["export"], "filter": filter_ and f"SHA-256 {filter_}"},
         method=_method(figures),
         figures={row[0]: row[1] for row in figure_rows([figures])},
         licences=lineage["licences"],

@@ -1,6 +1,7 @@
 """Exports of a small store: what is in them, who reads them, and what survives an interruption."""
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -305,6 +306,8 @@ def test_a_filter_of_another_run_is_refused(store, usable, tmp_path):
         export(store, tmp_path / f"out{source}", filter=str(kept))
         (row,) = labels_of(tmp_path / f"out{source}")
         assert [int(row["identity"]), int(row["replicate"])] == [identity, replicate]
+        said = f"| filter | SHA-256 {hashlib.sha256(kept.read_bytes()).hexdigest()} |"
+        assert said in (tmp_path / f"out{source}" / "DATASHEET.md").read_text()
     kept.write_text(filter_text([("a", identity, replicate)], "0123456789abcdef"))
     with pytest.raises(ConfigError, match=f"of samples/0123456789abcdef, not of samples/{samples}"):
         export(store, tmp_path / "other", filter=str(kept))
