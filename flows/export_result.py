@@ -15,6 +15,7 @@ def result_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["short"]:
         yield (
             f"Left out: {result['short']:,} identities with fewer than "
-            f"{count_text(result['needed'], 'usable image')}, which lack {result['missing']:,} together."
+            f"{count_text(result['needed'], 'usable image')}, which lack "
+            f"{count_text(result['missing'], 'image')} together."
         )
     yield f"Licence: {result['licence']}. {' '.join(result['conditions'])}".rstrip()

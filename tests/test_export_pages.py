@@ -51,7 +51,7 @@ def test_the_card_says_what_may_be_done(form):
     assert content["license"] == "cc-by-nc-4.0" and content["pretty_name"].startswith("faces: #1")
     assert ("configs" in content) == (form != "rec") and content["size_categories"] == ["n<1K"]
     assert "- Not for commercial use." in body and "| samples: generator | a \\| b | CC BY-NC 4.0 |" in body
-    assert "2 to 4, 3.0 on average images each" in body and "96x112 pixels, JPEG" in body
+    assert "2 to 4 (on average 3.0) images each" in body and "96x112 pixels, JPEG" in body
     assert "Not done: nobody looked" in body and form in READING
     assert "LAST" not in body and "SUFFIX" not in body
     assert "Only as the terms of its licence allow" in body

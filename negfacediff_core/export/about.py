@@ -52,7 +52,7 @@ class About:
         """How many images an identity has."""
         counts = self.layout.counts
         least, most = int(counts.min()), int(counts.max())
-        return f"{least:,}" if least == most else f"{least:,} to {most:,}, {counts.mean():.1f} on average"
+        return f"{least:,}" if least == most else f"{least:,} to {most:,} (on average {counts.mean():.1f})"
 
     @property
     def uses(self) -> str:
