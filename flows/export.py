@@ -33,8 +33,16 @@ from negfacediff_core.export.licence import terms_of_weights
 from negfacediff_core.export.manifest import FileSum, checksums, not_written, read_head, write_manifest
 from negfacediff_core.export.selection import Selection, grown_extent, select
 from negfacediff_core.export.settings import ExportConfig, check_out, check_refill
-from negfacediff_core.stages.exported import Job, check_exportable, gated_from, job_of, usable_images
+from negfacediff_core.stages.exported import (
+    Job,
+    check_columns,
+    check_exportable,
+    gated_from,
+    job_of,
+    usable_images,
+)
 from negfacediff_core.store.runs import stages_of_run
+from negfacediff_core.store.status import unfinished
 from tasks.machine import usable_cores
 from tasks.pieces import written_pieces
 
@@ -110,6 +118,10 @@ def export_dataset(
 
 def _select(store: str, run: str, settings: ExportConfig, execution: ExecutionConfig | None) -> Selection:
     """Choose the images; with `execution` grow the run until there are enough."""
+    if execution is not None and run in unfinished(store):
+        check_columns(stages_of_run(store, run), settings, run)
+        # a growth that was cut short comes to its end, and no further
+        grow_dataset(run=run, identities=1, until_identities=1, execution=execution, store=store)
     for growth in range(_GROWTHS + 1):
         stages = stages_of_run(store, run)
         check_exportable(stages, settings, run)

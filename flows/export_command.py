@@ -61,7 +61,7 @@ def export(
 
     Running the same command again goes on where it stopped. The folder gets its name when it is complete.
     """
-    from negfacediff_core.stages.exported import check_exportable, gated_from
+    from negfacediff_core.stages.exported import check_columns, check_exportable, gated_from
     from negfacediff_core.store.runs import stages_of_run
     from negfacediff_core.store.status import check_store
 
@@ -83,9 +83,12 @@ def export(
     )
     check_out(out)
     check_store(store)
-    check_exportable(stages_of_run(store, run), settings, run)
+    stages = stages_of_run(store, run)
     if refill:
         check_refill(settings, run, gated_from(store, run))
+        check_columns(stages, settings, run)
+    else:
+        check_exportable(stages, settings, run)
     show_log(verbose)
     from flows.export import export_dataset
     from flows.launch import launch

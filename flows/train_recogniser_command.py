@@ -214,9 +214,9 @@ def _check_source(source: str, run: str, out: str) -> None:
             )
         return
     from negfacediff_core.export.settings import ExportConfig
-    from negfacediff_core.stages.exported import check_exportable
+    from negfacediff_core.stages.exported import check_readable
     from negfacediff_core.store.runs import stages_of_run
     from negfacediff_core.store.status import check_store
 
     check_store(source)
-    check_exportable(stages_of_run(source, run), ExportConfig(), run)
+    check_readable(stages_of_run(source, run), ExportConfig(), run)

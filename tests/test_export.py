@@ -24,6 +24,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from flows import export as flow
+from flows import growth
 from flows.cli import main
 from negfacediff_core.errors import ConfigError, DamagedError, StoreError
 from negfacediff_core.export import challenges, draft
@@ -313,12 +314,32 @@ def test_a_filter_of_another_run_is_refused(store, usable, tmp_path):
         export(store, tmp_path / "other", filter=str(kept))
 
 
-def test_a_run_that_is_not_finished_is_refused(store, tmp_path):
+@pytest.mark.parametrize("stage", ["aligned", "evaluation"])
+def test_a_run_that_is_not_finished_is_refused(store, tmp_path, stage):
     shutil.copytree(store, tmp_path / "store")
-    aligned = stages_of_run(str(tmp_path / "store"), "tiny")["aligned"]
-    forget(aligned, aligned.grid.units()[0])
+    spec = stages_of_run(str(tmp_path / "store"), "tiny")[stage]
+    forget(spec, spec.grid.units()[0])
     with pytest.raises(StoreError, match=r"1 units of the run tiny are missing.*resume"):
         export(tmp_path / "store", tmp_path / "out")
+
+
+def test_a_refill_finishes_a_growth_that_was_cut_short(store, usable, tmp_path, monkeypatch):
+    place = str(shutil.copytree(store, tmp_path / "store"))
+    aligned = stages_of_run(place, "tiny")["aligned"]
+    forget(aligned, aligned.grid.units()[0])
+    asked = []
+
+    def finishing(**given):
+        asked.append(growth.grown(place, "tiny", given["identities"], 0, given["until_identities"]))
+        shutil.copytree(store, place, dirs_exist_ok=True)
+
+    monkeypatch.setattr(flow, "grow_dataset", finishing)
+    settings = ExportConfig(identities=2, images_per_identity=1)
+    for out in ("out", "again"):
+        flow.export_dataset.fn("tiny", str(tmp_path / out), settings, refill=True, execution=ONE, store=place)
+        assert len(labels_of(tmp_path / out)) == 2
+    ((build, said),) = asked
+    assert (build.identities, build.images) == usable.shape and "is finished first" in said
 
 
 @pytest.mark.parametrize("form", ["imagefolder", "rec", "webdataset", "huggingface"])

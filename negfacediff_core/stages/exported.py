@@ -4,7 +4,7 @@ Workers read whole units of the store, encode their images and turn them into by
 belong to one piece they write themselves; what is appended to a common file goes to whoever put them to work.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,18 +82,33 @@ def gated_from(store: str, run: str) -> str | None:
 
 
 def check_exportable(stages: Mapping[str, StageSpec], settings: ExportConfig, run: str) -> None:
-    """Check a run's stages before work on an export.
+    """Check a run's stages before work on an export, whose pages tell what the evaluation has found, too.
 
     Raises:
-        StoreError: if a unit that is needed is missing.
+        StoreError: if a unit is missing.
         ConfigError: if images are chosen by what the run does not have.
     """
-    lacking = sum(len(pending(stages[name])) for name in _READ)
+    _check_finished(stages, run, stages)
+    check_columns(stages, settings, run)
+
+
+def check_readable(stages: Mapping[str, StageSpec], settings: ExportConfig, run: str) -> None:
+    """Check a run's stages before its images are read; raises as `check_exportable`."""
+    _check_finished(stages, run, _READ)
+    check_columns(stages, settings, run)
+
+
+def _check_finished(stages: Mapping[str, StageSpec], run: str, names: Iterable[str]) -> None:
+    lacking = sum(len(pending(stages[name])) for name in names)
     if lacking:
         raise StoreError(
             f"{lacking} units of the run {run} are missing: finish it first, with negfacediff resume "
             f"{stages['samples'].store} {run}"
         )
+
+
+def check_columns(stages: Mapping[str, StageSpec], settings: ExportConfig, run: str) -> None:
+    """Raise ConfigError if images are chosen by what the run does not have."""
     if settings.banded and "context_cosine" not in _columns(stages["embeddings"]):
         raise ConfigError(
             f"min_cosine and max_cosine choose by the cosine of an image to its context, but the run {run} "

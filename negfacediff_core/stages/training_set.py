@@ -11,7 +11,7 @@ from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.settings import ExportConfig
 from negfacediff_core.recognition.datasets import CROP, TrainingSet, pack
 from negfacediff_core.recognition.origins import Origin
-from negfacediff_core.stages.exported import check_exportable, usable_images
+from negfacediff_core.stages.exported import check_readable, usable_images
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.shards import read_arrays
 
@@ -29,7 +29,7 @@ def training_set_of(
         ConfigError: if it shows fewer than two identities.
     """
     settings = ExportConfig()
-    check_exportable(stages, settings, run)
+    check_readable(stages, settings, run)
     usable = usable_images(stages, settings, lambda done, total: None)
     numbers = _order(stages["aligned"], usable)
     if len(np.unique(numbers[:, 0])) < 2:
