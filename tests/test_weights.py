@@ -274,6 +274,10 @@ def test_a_licence_is_read_beside_the_weights_or_in_their_pack_and_nowhere_else(
             "MIT License\n\nCopyright 2020\n\nPermission is granted. Commercial use is not allowed.",
             "MIT License [...] Commercial use is not allowed.",
         ),
+        (
+            "MIT License\n\nCopyright 2020\n\nThe weights may not be used to recognise people. As they are.",
+            "MIT License [...] The weights may not be used to recognise people",
+        ),
         (f"MIT {'x' * 296}, no commercial use", f"MIT {'x' * 296} [...] {'x' * 148}, no commercial use"),
         ("", ""),
     ],

@@ -102,12 +102,15 @@ def _shortened(text: str) -> str:
     paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip())]
     if paragraphs[0].lower() in _TITLES and len(paragraphs) > 1:
         del paragraphs[0]
-    head, whole = paragraphs[0][:LICENCE_LENGTH], " ".join(paragraphs)
-    found = _RESTRICTS.search(whole)
-    if _RESTRICTS.search(head) or not found:
+    head = paragraphs[0][:LICENCE_LENGTH]
+    if _RESTRICTS.search(head):
         return head
-    start = max(whole.rfind(". ", 0, found.start()) + 2, found.start() - LICENCE_LENGTH // 2, 0)
-    return f"{head} [...] {whole[start : start + LICENCE_LENGTH].partition('. ')[0]}"
+    for paragraph in paragraphs:
+        if found := _RESTRICTS.search(paragraph):
+            before, stop, _ = paragraph[: found.start()].rpartition(". ")
+            start = max(len(before + stop), found.start() - LICENCE_LENGTH // 2)
+            return f"{head} [...] {paragraph[start : start + LICENCE_LENGTH].partition('. ')[0]}"
+    return head
 
 
 def hash_file(role: str, path: Path) -> WeightFile:
