@@ -11,7 +11,7 @@ from plain import PlainSampler
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.diffusion.checkpoint import load_generator
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.negatives import stored_negatives
 from negfacediff_core.store.layout import StageSpec, Unit

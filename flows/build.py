@@ -47,7 +47,7 @@ from flows.turns import turn
 from flows.words import command_text, count_text
 from negfacediff_core.config import BuildConfig, ExecutionConfig
 from negfacediff_core.errors import BuildError, PlaceError, StoreError
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import committed, pending
 from negfacediff_core.store.shards import prepare

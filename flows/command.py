@@ -74,7 +74,7 @@ def check(builds: Sequence[BuildConfig], store: str, execution: ExecutionConfig)
     The terms of the weights are shown, and asked for where that is due; returns `execution` with the answer.
     """
     from flows.acknowledgement import acknowledge_in_terminal
-    from negfacediff_core.stages import plan_build
+    from negfacediff_core.stages.build import plan_build
     from tasks.executors import check_available
 
     check_available(execution, *(one.samples.precision for one in builds))

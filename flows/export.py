@@ -32,7 +32,7 @@ from negfacediff_core.export.formats import FORMATS
 from negfacediff_core.export.licence import terms_of_weights
 from negfacediff_core.export.manifest import FileSum, checksums, not_written, read_head, write_manifest
 from negfacediff_core.export.selection import Selection, grown_extent, select
-from negfacediff_core.export.settings import ExportConfig, check_out, check_refill
+from negfacediff_core.export.settings import ExportConfig, check_places, check_refill
 from negfacediff_core.stages.exported import (
     Job,
     check_columns,
@@ -88,11 +88,11 @@ def export_dataset(
         execution: How many processes encode, and where a run that is refilled grows.
         store: The store.
     """
-    check_out(out)
     source = gated_from(store, run)
     check_strangers(settings.challenge, run, gated=source is not None)
     if refill:
         check_refill(settings, run, source)
+    check_places(out, settings)
     selection = _select(store, run, settings, execution if refill else None)
     job = job_of(stages_of_run(store, run), settings, selection)
     place = Path(out).absolute()

@@ -21,7 +21,7 @@ from negfacediff_core.export.settings import (
     ExportImages,
     ImageStatus,
     RecordVariant,
-    check_out,
+    check_places,
     check_refill,
 )
 
@@ -81,7 +81,6 @@ def export(
         challenge=challenge,
         filter=filter_,
     )
-    check_out(out)
     check_store(store)
     stages = stages_of_run(store, run)
     if refill:
@@ -89,6 +88,7 @@ def export(
         check_columns(stages, settings, run)
     else:
         check_exportable(stages, settings, run)
+    check_places(out, settings)
     show_log(verbose)
     from flows.export import export_dataset
     from flows.launch import launch

@@ -8,7 +8,7 @@ from flows.resume import build_of, check_same
 from flows.words import command_text, count_text
 from negfacediff_core.config import BuildConfig
 from negfacediff_core.errors import ConfigError, StoreError
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.layout import StageSpec
 from negfacediff_core.store.runs import read_run
 from negfacediff_core.store.status import check_store, unfinished

@@ -12,7 +12,7 @@ from negfacediff_core.config import BuildConfig, ExecutionConfig, Speed
 from negfacediff_core.cost import Calibration, Estimate, estimate, evaluations_of
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.operations import decoder_gflop, unet_gflop
-from negfacediff_core.stages import describe_build
+from negfacediff_core.stages.build import describe_build
 from negfacediff_core.stages.calibration import BUDGET, calibrate
 from negfacediff_core.stages.costs import (
     Networks,

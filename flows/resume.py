@@ -141,7 +141,7 @@ def recorded(store: str, run: str, execution: ExecutionConfig) -> "GateRecord | 
     the gate does that made it.
     """
     from flows.leakage import on_cpu, read_gate, stages_of_gate
-    from negfacediff_core.stages import plan_build
+    from negfacediff_core.stages.build import plan_build
     from negfacediff_core.store.runs import check_run
     from tasks.executors import check_available
 

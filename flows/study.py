@@ -23,7 +23,7 @@ from flows.progress import CallbackBar
 from flows.recipes import load_recipe
 from flows.sweep import Case, Sweep, cases
 from flows.train_recogniser import DEFAULT_EXECUTION as DEFAULT_TRAINING
-from flows.train_recogniser import train_in
+from flows.train_recogniser import licences_behind, train_in
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.faces.embed import load_embedder
@@ -41,7 +41,7 @@ from negfacediff_core.recognition.recipe import TrainingExecution
 from negfacediff_core.recognition.training_job import owned
 from negfacediff_core.stages.models import detector_of, network_weight
 from negfacediff_core.stages.training_set import training_set_of
-from negfacediff_core.store.location import locate
+from negfacediff_core.store.location import locate, without_credentials
 from negfacediff_core.store.runs import stages_of_run
 from tasks.machine import usable_cores
 
@@ -118,7 +118,7 @@ def study_recognition(
         sets = equal_sets([_crops_of(case, store, Path(out)) for case in chosen], study.images)
         for case, crops, seconds in zip(chosen, sets, built, strict=True):
             begun = time.monotonic()
-            row = _row(study, case, crops, people, Path(out), training)
+            row = _row(study, case, store, crops, people, Path(out), training)
             rows.append({**row, "seconds": seconds + time.monotonic() - begun})
             folder.write_atomic("rows.json", (json.dumps(rows, indent=1) + "\n").encode())
             folder.write_atomic("table.md", table_of(study, rows).encode())
@@ -199,6 +199,7 @@ def _spread(values: list[float], form: str) -> str:
 def _row(
     study: Study,
     case: Case,
+    store: str,
     crops: TrainingSet,
     people: dict[str, People],
     out: Path,
@@ -207,7 +208,9 @@ def _row(
     """Train on a set, and verify on `people`, by the beginning of their figures' names."""
     place = (out / case.build.name).absolute()
     with owned(place):
-        result = train_in(place, crops, _recipe_of(study, case.seed), training)
+        source = f"run {case.build.name} of {without_credentials(store)}"
+        licences = licences_behind(store, case.build.name)
+        result = train_in(place, crops, _recipe_of(study, case.seed), training, source, licences)
     how = Embedding(load_embedder(result["pack"]), threads=usable_cores())
     figures = {start: verify_people(each, how) for start, each in people.items()}
     return {

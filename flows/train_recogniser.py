@@ -86,7 +86,8 @@ def train_recogniser(
         crops = _crops(store, run, folder, Path(cache or out).absolute())
         crops = filtered(crops, Path(filter)) if filter else crops
         source = f"run {run} of {without_credentials(store)}" if run else folder
-        result = train_in(place, crops, recipe, execution, source, _licences(store, run, folder))
+        licences = licences_behind(store, run) if run else _licences_of_export(Path(folder))
+        result = train_in(place, crops, recipe, execution, source, licences)
     key = key_of("train-recogniser", "figures")
     create_markdown_artifact(_page(result, recipe), key, f"Recogniser {out}")
     return result
@@ -148,14 +149,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _licences(store: str, run: str, folder: str) -> Licences:
-    """The licences of the weights that made the crops, as far as run or export know them."""
-    if run:
-        recorded: Licences = (read_run(store, run) or {}).get("licences", [])
-        return recorded or licences_of(stages_of_run(store, run))
-    if not (Path(folder) / MANIFEST).exists():
+def licences_behind(store: str, run: str) -> Licences:
+    """Return the licences of the weights that made a run, as they were then, by part and source."""
+    recorded: Licences = (read_run(store, run) or {}).get("licences", [])
+    return recorded or licences_of(stages_of_run(store, run))
+
+
+def _licences_of_export(folder: Path) -> Licences:
+    """The same of the run that an export was made from; none of other folders."""
+    if not (folder / MANIFEST).exists():
         return []
-    exported: Licences = read_head(Path(folder)).get("licences", [])
+    exported: Licences = read_head(folder).get("licences", [])
     return exported
 
 

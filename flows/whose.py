@@ -44,7 +44,7 @@ def whose(
     hashes, unread = _hashes(paths, workers)
     compared = [path for path in paths if path not in unread]
     if not compared:
-        reasons = names_text([f"{path} ({reason})" for path, reason in unread.items()])
+        reasons = names_text([f"{path} ({reason})" for path, reason in unread.items()]) if unread else "empty"
         raise ConfigError(f"No image ({', '.join(SUFFIXES)}) can be compared at {image}: {reasons}.")
     with CallbackBar("compare", "units") as bar:
         origins = find_origins(store, hashes, lambda number: _pixels(compared[number]), workers, bar)

@@ -16,7 +16,8 @@ _REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place",
     errno.EEXIST: "a file stands where a folder is needed; move it away or choose another place",
     errno.EISDIR: "a folder stands where a file is needed; move it away or choose another place",
-    errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise build that stage again",
+    errno.ENOENT: "it is missing; if a disk was unmounted, mount it, otherwise check the path or build that "
+    "stage again",
 }
 # What keeps every file from being written, not one.
 _OF_THE_PLACE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)

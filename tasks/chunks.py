@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, NegFaceDiffError, PlaceError, StoreError, WorkerError
-from negfacediff_core.stages import run_unit
+from negfacediff_core.stages.build import run_unit
 from negfacediff_core.store.layout import StageSpec, Unit, fingerprint
 from negfacediff_core.store.location import without_credentials
 from tasks.pools import Pool

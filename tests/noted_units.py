@@ -91,7 +91,7 @@ def run_small(spec, unit, execution):
 
 def run_real(spec, unit, execution):
     """Make a unit of any stage of a real build."""
-    from negfacediff_core.stages import run_unit  # workers that make small units need no torch
+    from negfacediff_core.stages.build import run_unit  # workers that make small units need no torch
 
     _begin(spec, unit)
     record = run_unit(spec, unit, execution)

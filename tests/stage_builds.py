@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.stages import STAGES, evaluation, plan_build, run_unit
+from negfacediff_core.stages import evaluation
+from negfacediff_core.stages.build import STAGES, plan_build, run_unit
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.runs import write_run
 from negfacediff_core.store.shards import prepare

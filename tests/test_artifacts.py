@@ -19,7 +19,8 @@ from flows.build import build_dataset
 from flows.progress import Meter
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, PlaceError
-from negfacediff_core.stages import run_unit, samples
+from negfacediff_core.stages import samples
+from negfacediff_core.stages.build import run_unit
 from tasks import chunks
 
 ONE = ExecutionConfig(workers=1, device="cpu", retries=0)

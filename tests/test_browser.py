@@ -22,7 +22,7 @@ from stage_builds import finish
 from flows.examination import examine
 from flows.results import PAGE
 from negfacediff_core.config import BuildConfig, ExecutionConfig
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.status import status
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")

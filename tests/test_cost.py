@@ -32,7 +32,7 @@ from negfacediff_core.diffusion.unet import ConditionalUNet
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.operations import decoder_gflop, module_gflop, onnx_gflop, unet_gflop
 from negfacediff_core.recognition.backbones import build_backbone
-from negfacediff_core.stages import describe_build
+from negfacediff_core.stages.build import describe_build
 from negfacediff_core.stages.costs import JUDGE_GFLOP, networks_of, not_counted, sizes_of, work_of
 from negfacediff_core.stages.sizes import BYTES_TOLERANCE, assumed_specs, size_of
 from negfacediff_core.store.shards import prepare

@@ -20,8 +20,8 @@ from negfacediff_core.faces import packs
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.pose import head_pose
 from negfacediff_core.faces.quality import load_quality
-from negfacediff_core.stages import plan_build, run_unit
 from negfacediff_core.stages.aligned import LANDMARKS
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.dataset_figures import DATASET_COLUMNS, RANGES, dataset_figures
 from negfacediff_core.stages.evaluation import sheet_panel

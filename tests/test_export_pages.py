@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.about import About
 from negfacediff_core.export.card import READING, card, licence_page
 from negfacediff_core.export.croissant import croissant
@@ -232,5 +233,8 @@ def test_growth_takes_the_cheaper_axis():
     half[:5] = True
     # half of the identities never qualify
     assert grown_extent(half, 4, 6, (1, 4))[1] == 4
-    with pytest.raises(Exception, match="none of the images can be used"):
-        grown_extent(np.zeros((3, 3), bool), 1, 2, (1, 1))
+
+
+def test_where_no_image_is_usable_more_are_not_advised():
+    with pytest.raises(ConfigError, match="none of the images can be used, and more would be no better"):
+        select(np.zeros((3, 3), bool), least=1, exactly=0, identities=2)

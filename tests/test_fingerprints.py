@@ -20,7 +20,7 @@ from stage_builds import changed, planned
 from negfacediff_core import config
 from negfacediff_core.config import BuildConfig, ExecutionConfig, LeakageConfig
 from negfacediff_core.diffusion.engine import SamplerSettings
-from negfacediff_core.stages import STAGES, plan_build, run_unit
+from negfacediff_core.stages.build import STAGES, plan_build, run_unit
 from negfacediff_core.store.shards import read_arrays, read_rows
 
 # What the sources of contexts that embed images must be given.

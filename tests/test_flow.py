@@ -22,7 +22,7 @@ from flows.results import PAGE
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError, StoreError
 from negfacediff_core.evaluation.schema import check_report
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.store.records import records
 from negfacediff_core.store.status import status
 from tasks import chunks
@@ -190,7 +190,7 @@ SCRIPTED_COMMAND = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from negfacediff_core.stages import run_unit
+from negfacediff_core.stages.build import run_unit
 from tasks import chunks
 
 log, hang_after = Path(sys.argv[1]), int(sys.argv[2])

@@ -125,8 +125,11 @@ def test_a_study_builds_trains_verifies_and_tells(tmp_path, monkeypatch):
         flow_module, "create_markdown_artifact", lambda text, key, _: shown.update({key: text})
     )
 
-    def trained(place, crops, recipe, execution):
+    monkeypatch.setattr(flow_module, "licences_behind", lambda store, run: [{"part": run}])
+
+    def trained(place, crops, recipe, execution, source, licences):
         sizes.append((place.name, len(crops), recipe.seed))
+        assert source == f"run {place.name} of unused" and licences == [{"part": place.name}]
         return {"pack": "packs/demo/judge", "eer": 0.25, "epoch": 3.0}
 
     monkeypatch.setattr(flow_module, "train_in", trained)

@@ -13,7 +13,7 @@ from flows import cli, evaluate, grow, growing, recovery
 from flows.growth import evaluated, grown
 from flows.results import record_run
 from negfacediff_core.errors import ConfigError, StoreError
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.records import pending
 
 

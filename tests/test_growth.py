@@ -16,7 +16,7 @@ from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.errors import ContextsError, StoreError
 from negfacediff_core.stages import contexts as contexts_stage
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.negatives import stored_negatives
 from negfacediff_core.store import shards

@@ -40,7 +40,7 @@ from flows import build as flow
 from flows.results import PAGE
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.errors import BuildError
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.layout import StageSpec, Unit
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.shards import prepare

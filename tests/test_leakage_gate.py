@@ -22,7 +22,8 @@ from negfacediff_core.faces.align import TEMPLATE_112, similarity_transform, war
 from negfacediff_core.faces.detect import load_detector, main_face
 from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.stages import gallery as gallery_stage
-from negfacediff_core.stages import kept, run_unit
+from negfacediff_core.stages import kept
+from negfacediff_core.stages.build import run_unit
 from negfacediff_core.stages.gate import _shortened, plan_gate
 from negfacediff_core.stages.leakage import leaking, read_report, thresholds_at
 from negfacediff_core.store.extents import read_array, read_column

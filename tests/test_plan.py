@@ -25,7 +25,8 @@ from negfacediff_core.config import ExecutionConfig, Speed
 from negfacediff_core.cost import Calibration, NetworkRates, Rate
 from negfacediff_core.errors import BuildError, ConfigError, WeightsError, WorkerError
 from negfacediff_core.operations import unet_gflop
-from negfacediff_core.stages import STAGES, calibration
+from negfacediff_core.stages import calibration
+from negfacediff_core.stages.build import STAGES
 from negfacediff_core.stages.costs import networks_of
 from negfacediff_core.store.layout import Unit
 from negfacediff_core.store.status import status

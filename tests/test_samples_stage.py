@@ -10,7 +10,8 @@ from stage_builds import EXECUTION, changed, make, planned
 from negfacediff_core.config import ExecutionConfig
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.errors import ConfigError
-from negfacediff_core.stages import plan_build, run_unit, samples
+from negfacediff_core.stages import samples
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.negatives import stored_negatives
 from negfacediff_core.stages.samples import _cached_engine

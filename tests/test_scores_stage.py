@@ -14,7 +14,8 @@ from negfacediff_core.errors import StoreError
 from negfacediff_core.evaluation import bands
 from negfacediff_core.evaluation.bootstrap import FIGURES
 from negfacediff_core.evaluation.scores import compare
-from negfacediff_core.stages import STAGES, plan_build, run_unit, scores
+from negfacediff_core.stages import scores
+from negfacediff_core.stages.build import STAGES, plan_build, run_unit
 from negfacediff_core.stages.evaluation import RATES, THRESHOLDS, difference_intervals, score_panel
 from negfacediff_core.stages.models import scores_device_of
 from negfacediff_core.stages.scores import read_judged, stored_comparisons

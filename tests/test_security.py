@@ -29,7 +29,7 @@ from negfacediff_core.errors import ConfigError, NegFaceDiffError, StoreError, W
 from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
 from negfacediff_core.evaluation.report import render_report
 from negfacediff_core.faces.embed import load_embedder
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store.layout import Unit, read_spec
 from negfacediff_core.store.runs import read_run, write_run
 from negfacediff_core.store.shards import prepare

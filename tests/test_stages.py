@@ -13,7 +13,7 @@ from negfacediff_core.diffusion.engine import Samples, SamplingEngine
 from negfacediff_core.errors import BuildError, ContextsError, StoreError
 from negfacediff_core.evaluation.figures import FIGURES, SETTINGS
 from negfacediff_core.faces.detect import Faces, main_face
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.stages.contexts import contexts_of
 from negfacediff_core.stages.evaluation import score_panel, sheet_panel
 from negfacediff_core.stages.negatives import stored_negatives

@@ -10,7 +10,7 @@ import yaml
 from stage_builds import EXECUTION, changed, make
 
 from negfacediff_core.errors import ConfigError, StoreError, WeightsError
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.store.layout import Unit
 
 

@@ -16,7 +16,7 @@ from flows.results import record_run
 from flows.words import command_text, count_text, names_text, size_text
 from negfacediff_core.diffusion.engine import SamplingEngine
 from negfacediff_core.errors import BuildError
-from negfacediff_core.stages import plan_build, run_unit
+from negfacediff_core.stages.build import plan_build, run_unit
 from negfacediff_core.store.records import pending
 from negfacediff_core.store.shards import prepare
 from negfacediff_core.store.status import unfinished

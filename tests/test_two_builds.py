@@ -10,7 +10,7 @@ from small_stage import commit, make_spec
 from stage_builds import changed
 
 from negfacediff_core.config import ExecutionConfig
-from negfacediff_core.stages import plan_build
+from negfacediff_core.stages.build import plan_build
 from negfacediff_core.store import faults, records, shards
 
 ONE = ExecutionConfig(workers=1, device="cpu")

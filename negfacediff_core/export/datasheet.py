@@ -8,7 +8,11 @@ from negfacediff_core.export.card import licence_table, table
 
 def datasheet(about: About) -> str:
     """Return the datasheet in Markdown."""
-    asked = {name: _text(value) for name, value in about.settings.items() if value is not None}
+    idle = {"variant"} if about.settings["format"] != "rec" else set()
+    idle |= {"quality"} if about.settings["encoding"] == "png" else set()
+    asked = {
+        name: _text(value) for name, value in about.settings.items() if value is not None and name not in idle
+    }
     facts = ", ".join(about.layout.facts)
     terms = f"{about.terms.text} {about.accepted}".rstrip()
     answers = {

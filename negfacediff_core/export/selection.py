@@ -36,8 +36,16 @@ def select(usable: NDArray[np.bool_], least: int, exactly: int, identities: int)
         least: identities with fewer are left out.
         exactly: how many images are taken of each, 0 for all; identities with fewer are left out.
         identities: how many identities are taken, 0 for all.
+
+    Raises:
+        ConfigError: if no image is usable, so that more would be as useless.
     """
     counts = usable.sum(axis=1)
+    if not counts.any():
+        raise ConfigError(
+            "none of the images can be used, and more would be no better: look at the report of the run, and "
+            "at what is asked of status, quality and cosine"
+        )
     needed = max(least, exactly, 1)
     enough = np.flatnonzero(counts >= needed)
     short = counts[counts < needed]
@@ -61,17 +69,9 @@ def grown_extent(
     """Return identities and images of each to make, so that `wanted` identities may have `needed` images.
 
     Of more identities and of more images of each, that with fewer new blocks is taken, by the share of images
-    that is usable so far. `block` is identities x images of what is made at a time.
-
-    Raises:
-        ConfigError: if no image is usable, so that more would be as useless.
+    that is usable so far; some of them are. `block` is identities x images of what is made at a time.
     """
     counts, images = usable.sum(axis=1), usable.shape[1]
-    if not counts.any():
-        raise ConfigError(
-            "none of the images can be used, and more would be no better: look at the report of the run, and "
-            "at what is asked of status, quality and cosine"
-        )
     enough = counts >= needed
     options: list[tuple[int, int]] = []
     if enough.any():

@@ -1,6 +1,7 @@
 """What one asks of an export: which images of a run, and how they are written."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, WithJsonSchema, model_validator
@@ -8,6 +9,8 @@ from pydantic import Field, WithJsonSchema, model_validator
 from negfacediff_core.config import Model, OptionalNumber
 from negfacediff_core.errors import ConfigError
 from negfacediff_core.export.challenges import Challenge, asked_for
+from negfacediff_core.export.filter import read_filter
+from negfacediff_core.export.manifest import MANIFEST
 
 
 class ExportFormat(StrEnum):
@@ -130,10 +133,18 @@ class ExportConfig(Model):
         return self
 
 
-def check_out(out: str) -> None:
-    """Raise ConfigError unless an export can be written to `out`, a folder of this machine."""
+def check_places(out: str, settings: ExportConfig) -> None:
+    """Check before work that `out` is a folder of this machine, and that the filter can be read.
+
+    A folder that is there is no obstacle if it is an export: it may be this one. Raises ConfigError.
+    """
     if "://" in out:
         raise ConfigError(f"out is {out!r}, no local folder: export to one, and copy it from there.")
+    place = Path(out)
+    if (place.exists() or place.is_symlink()) and not (place / MANIFEST).exists():
+        raise ConfigError(f"{out} is there already, and is no export: remove it, or give another --out.")
+    if settings.filter:
+        read_filter(Path(settings.filter))
 
 
 def check_refill(settings: ExportConfig, run: str, source: str | None) -> None:

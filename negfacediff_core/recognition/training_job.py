@@ -106,8 +106,8 @@ def plan_training(
     if recipe.batch_size % parts or job.batch < 2 * parts:
         raise ConfigError(
             f"Batches of {recipe.batch_size} out of {len(training):,} images cannot be parted among "
-            f"{execution.processes} processes, in {recipe.accumulate} parts each, with two images at least "
-            "in every part: change batch_size, accumulate or processes."
+            f"{execution.processes} processes and {recipe.accumulate} turns of each (accumulate), with two "
+            "images at least in every part: change batch_size, accumulate or processes."
         )
     if job.device == "cuda" and not torch.cuda.device_count() >= execution.processes:
         raise ConfigError(
