@@ -166,19 +166,14 @@ def by_the_clock(stages: dict[str, StageSpec], encoding: str, folder: Path, core
         list(pool.map(encode_blocks, [encoding] * cores, [0] * cores))
         share = [encoding] * cores, [-(-blocks // cores)] * cores
         plain = clock_seconds(lambda: list(pool.map(encode_blocks, *share)))
-    settings, out = ExportConfig(encoding=encoding), folder / f"{encoding}-clock"
-    here = clock_seconds(lambda: export(stages, settings, out, cores))
-    rates = {
-        "encoding": encoding,
-        "cores": cores,
-        "plain": cores * share[1][0] * BLOCK * IMAGES / plain,
-        "here": blocks * BLOCK * IMAGES / here,
-    }
-    print(
-        f"{encoding}, {cores} cores by the clock: plain {rates['plain']:,.0f}, here {rates['here']:,.0f} "
-        "images/s"
-    )
-    return rates
+    images = blocks * BLOCK * IMAGES
+    rates = {"plain": cores * share[1][0] * BLOCK * IMAGES / plain}
+    for form in FORMATS:
+        settings, out = ExportConfig(format=form, encoding=encoding), folder / f"{encoding}-{form}-clock"
+        rates[form] = images / clock_seconds(partial(export, stages, settings, out, cores))
+    shown = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    print(f"{encoding}, {images:,} images on {cores} cores by the clock, images/s: {shown}")
+    return {"encoding": encoding, "cores": cores, **rates}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from negfacediff_core.errors import BuildError
@@ -34,7 +36,7 @@ def written_pieces(job: Job, folder: Path, workers: int, pieces: list[Piece]) ->
     context = multiprocessing.get_context("forkserver")
     # imported once, in the process that all workers are copies of
     context.set_forkserver_preload([__name__])
-    with shielded_from_interrupts():
+    with shielded_from_interrupts(), _main_put_aside():
         pool = ProcessPoolExecutor(
             min(workers, len(pieces)), context, initializer=_begin_worker, initargs=(job, folder)
         )
@@ -48,6 +50,20 @@ def written_pieces(job: Job, folder: Path, workers: int, pieces: list[Piece]) ->
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _main_put_aside() -> Iterator[None]:
+    """Keep processes that the block starts from importing the program's main module.
+
+    That is Prefect's engine, or whatever the flow was called from: seconds for what they do not use.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _in_order(
