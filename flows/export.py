@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
+from prefect.states import Completed
 from rich.console import Console
 
 from flows.artifacts import key_of, progress_artifacts
@@ -111,9 +112,11 @@ def export_dataset(
         "licence": terms.name,
         "conditions": list(terms.conditions),
     }
-    if FlowRunContext.get() is not None:
-        create_markdown_artifact(_page(run, settings, result), key_of("export"), f"Export of {run}")
-    return result
+    if FlowRunContext.get() is None:
+        return result
+    create_markdown_artifact(_page(run, settings, result), key_of("export"), f"Export of {run}")
+    # Prefect shows the state's message with the flow run, and hands its data to the caller.
+    return cast("dict[str, Any]", Completed(message=next(result_lines(result)), data=result))
 
 
 def _select(store: str, run: str, settings: ExportConfig, execution: ExecutionConfig | None) -> Selection:

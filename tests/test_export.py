@@ -590,6 +590,7 @@ def test_refill_grows_the_run_until_there_are_enough(store, usable, tmp_path):
         return_state=True,
     )
     result = state.result()
+    assert state.message.startswith("12 images of 6 identities, ")
     rows = labels_of(tmp_path / "out")
     assert (result["images"], result["identities"]) == (12, 6)
     assert [int(row["label"]) for row in rows] == np.repeat(range(6), 2).tolist()
