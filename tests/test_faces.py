@@ -18,9 +18,6 @@ from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.packs import find_network
 from negfacediff_core.faces.train_detector import export_network
 
-RANDOM = np.random.default_rng(0)
-
-
 def export(network, path, shape, batch="batch"):
     torch.onnx.export(
         network.eval(),
@@ -33,7 +30,7 @@ def export(network, path, shape, batch="batch"):
 
 
 def smooth_images(count, height, width):
-    coarse = RANDOM.integers(0, 256, (count, 7, 7, 3), np.uint8)
+    coarse = np.random.default_rng([height, width]).integers(0, 256, (count, 7, 7, 3), np.uint8)
     return np.stack([cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC) for image in coarse])
 
 
@@ -48,9 +45,9 @@ def pack(tmp_path_factory):
             nn.Conv2d(3, 8, 7, 4), nn.ReLU(), nn.AvgPool2d(9), nn.Flatten(), nn.Linear(72, 16)
         )
         landmark_network = nn.Sequential(nn.AvgPool2d(64), nn.Flatten())
-    for head in detector.heads:
-        nn.init.normal_(head.outputs[0].weight, std=0.3)
-        nn.init.zeros_(head.outputs[0].bias)
+        for head in detector.heads:
+            nn.init.normal_(head.outputs[0].weight, std=0.3)
+            nn.init.zeros_(head.outputs[0].bias)
     export_network(detector, folder / "detector.onnx")
     export(recogniser, folder / "recogniser.onnx", (1, 3, 112, 112))
     export(landmark_network, folder / "landmark.onnx", (1, 3, 192, 192))
