@@ -18,6 +18,7 @@ from negfacediff_core.faces.embed import load_embedder
 from negfacediff_core.faces.packs import find_network
 from negfacediff_core.faces.train_detector import export_network
 
+
 def export(network, path, shape, batch="batch"):
     torch.onnx.export(
         network.eval(),
