@@ -1,6 +1,5 @@
 """The flow `train_recogniser`: a recogniser is trained on a run of a store, an export, or other crops."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +17,17 @@ from flows.results import json_bytes, licences_of
 from negfacediff_core.errors import ConfigError, StoreError
 from negfacediff_core.export.licence import terms_of_weights
 from negfacediff_core.export.manifest import MANIFEST, read_head
+from negfacediff_core.file_hashes import file_sha256
 from negfacediff_core.recognition.curves import PICTURE, TABLE
 from negfacediff_core.recognition.datasets import Progress, TrainingSet, filtered
+from negfacediff_core.recognition.dynamics import has_final
 from negfacediff_core.recognition.export import export_forms, load_trained
 from negfacediff_core.recognition.fit import fit
 from negfacediff_core.recognition.recipe import RecogniserConfig, TrainingExecution
 from negfacediff_core.recognition.set_openers import open_set
 from negfacediff_core.recognition.training_job import (
     BEST,
+    STATE,
     TrainingJob,
     check_crops,
     check_folder,
@@ -108,7 +110,9 @@ def train_in(
     """
     job = plan_training(crops, recipe, execution, place)
     check_folder(job)
-    if (report := _finished(place)) is None:
+    # what a finished training made of its images may be lost, and its state can tell it anew
+    seen = has_final(place) or not (place / STATE).exists()
+    if (report := _finished(place)) is None or not seen:
         with CallbackBar("check", "crops") as bar:
             check_crops(job, crops, bar)
         with _shown(job) as progress, kept_signals() as asked_to_end, ended_when(asked_to_end):
@@ -122,7 +126,7 @@ def train_in(
             "identities": job.training.classes,
             "held_out_identities": job.held_out.classes,
             **scores,
-            "files": {str(file.relative_to(place)): _sha256(file) for file in (*files, place / BEST)},
+            "files": {str(file.relative_to(place)): file_sha256(file) for file in (*files, place / BEST)},
             "versions": installed_versions(),
         }
         with replacing(place / REPORT) as file:
@@ -142,11 +146,6 @@ def _finished(place: Path) -> dict[str, Any] | None:
             f"{place / REPORT} is damaged: delete it, and the same command writes it anew from the state."
         ) from error
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def licences_behind(store: str, run: str) -> Licences:

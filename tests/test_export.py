@@ -1,4 +1,4 @@
-"""Exports of a small store: what is in them, who reads them, and what survives an interruption."""
+"""Exports of a small store: what is in them, and who reads them."""
 
 import csv
 import hashlib
@@ -6,19 +6,16 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import xml.etree.ElementTree as ElementTree
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from exports import ONE, contents, export, finished_run
 from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
@@ -26,20 +23,18 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from flows import export as flow
 from flows import growth
 from flows.cli import main
-from negfacediff_core.errors import ConfigError, DamagedError, StoreError
-from negfacediff_core.export import challenges, draft
+from negfacediff_core.errors import ConfigError, StoreError
+from negfacediff_core.export import challenges
 from negfacediff_core.export.challenges import Challenge
 from negfacediff_core.export.filter import filter_text
 from negfacediff_core.export.images import DIGITAL_SOURCE
-from negfacediff_core.export.manifest import MANIFEST, check_manifest, read_files, read_head
+from negfacediff_core.export.manifest import MANIFEST, read_files, read_head
 from negfacediff_core.export.read_recordio import read_set
 from negfacediff_core.export.settings import ExportConfig
 from negfacediff_core.export.webdataset import member
 from negfacediff_core.store.extents import read_array, read_column
 from negfacediff_core.store.records import forget
 from negfacediff_core.store.runs import read_run, stages_of_run, write_run
-
-ONE = flow.DEFAULT_EXECUTION.model_copy(update={"workers": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +46,7 @@ def no_sync(monkeypatch):
 @pytest.fixture(scope="module")
 def store(tiny_build, tiny_store, tmp_path_factory):
     """A finished run of 5 identities x 3 images, of which some show no face."""
-    store = shutil.copytree(tiny_store, tmp_path_factory.mktemp("export") / "store")
-    record = read_run(str(store), "tiny")
-    write_run(str(store), "tiny", {**record, "config": tiny_build.model_dump(mode="json"), "seconds": 1.0})
-    return store
+    return finished_run(tiny_build, tiny_store, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +55,6 @@ def usable(store):
     usable = read_column(stages_of_run(str(store), "tiny")["embeddings"], "status", 5, 3) == "ok"
     assert 0 < usable.sum() < usable.size and usable.sum(axis=1).max() >= 2
     return usable
-
-
-def export(store, out, **asked):
-    """Export in this process, without Prefect around it."""
-    return flow.export_dataset.fn("tiny", str(out), ExportConfig(**asked), execution=ONE, store=str(store))
-
-
-def contents(folder):
-    """All files of a folder by path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def labels_of(folder):
@@ -342,180 +324,6 @@ def test_a_refill_finishes_a_growth_that_was_cut_short(store, usable, tmp_path, 
     assert (build.identities, build.images) == usable.shape and "is finished first" in said
 
 
-@pytest.mark.parametrize("form", ["imagefolder", "rec", "webdataset", "huggingface"])
-def test_an_export_that_was_cut_short_goes_on(store, tmp_path, monkeypatch, form):
-    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
-    monkeypatch.setattr(flow, "CHECKPOINT", 0.0)
-    export(store, tmp_path / "whole", format=form)
-    whole = contents(tmp_path / "whole")
-    written, made = flow.written_pieces, []
-
-    def dying(*arguments):
-        # each run writes one piece, notes it, and dies in the midst of the next
-        return written_until(written, made, *arguments)
-
-    monkeypatch.setattr(flow, "written_pieces", dying)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            export(store, tmp_path / "out", format=form)
-        assert not (tmp_path / "out").exists()
-        for path in (tmp_path / "out.partial").glob("*.*"):
-            if path.suffix in (".rec", ".tar", ".csv"):
-                path.write_bytes(path.read_bytes() + b"torn")
-    monkeypatch.setattr(flow, "written_pieces", written)
-    export(store, tmp_path / "out", format=form)
-    assert contents(tmp_path / "out") == whole
-    assert made == [0, 1] and not (tmp_path / "out.partial").exists()
-
-
-def written_until(written, made, job, folder, workers, pieces):
-    """As `written_pieces`, but die before the second piece."""
-
-    @contextmanager
-    def first_alone():
-        with written(job, folder, workers, pieces) as results:
-
-            def until():
-                made.append(pieces[0].number)
-                yield next(iter(results))
-                raise KeyboardInterrupt
-
-            yield until()
-
-    return first_alone()
-
-
-@pytest.mark.parametrize("removed", [0, 1, 2])
-def test_an_export_that_was_cut_short_at_its_end_goes_on(store, tmp_path, monkeypatch, removed):
-    export(store, tmp_path / "whole")
-    unlink, left = Path.unlink, iter(range(removed))
-
-    def dying(path, **options):
-        if path.name.startswith(".") and next(left, None) is None:
-            raise KeyboardInterrupt
-        unlink(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", dying)
-        with pytest.raises(KeyboardInterrupt):
-            export(store, tmp_path / "out")
-    assert (tmp_path / "out.partial" / ".state.json").exists() == (removed == 0)
-    export(store, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("form", ["imagefolder", "huggingface"])
-def test_images_that_a_power_failure_has_taken_are_written_again(store, tmp_path, monkeypatch, form):
-    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
-    export(store, tmp_path / "whole", format=form)
-    whole = contents(tmp_path / "whole")
-    written = flow.written_pieces
-    monkeypatch.setattr(flow, "_complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export(store, tmp_path / "out", format=form)
-    first, second, *_ = sorted(path for path in whole if path.startswith(("images/", "data/")))
-    (tmp_path / "out.partial" / first).write_bytes(b"")
-    (tmp_path / "out.partial" / second).unlink()
-    made = []
-
-    def counted(job, folder, workers, pieces):
-        made.extend(piece.number for piece in pieces)
-        return written(job, folder, workers, pieces)
-
-    monkeypatch.undo()
-    monkeypatch.setitem(flow.FORMATS, form, flow.FORMATS[form]._replace(piece=1))
-    monkeypatch.setattr(flow, "written_pieces", counted)
-    export(store, tmp_path / "out", format=form)
-    assert contents(tmp_path / "out") == whole and list(check_manifest(tmp_path / "out", ignored)) == []
-    assert made and made[0] == 0 and len(made) <= 2
-
-
-def interrupted(*arguments):
-    """The process is killed here."""
-    raise KeyboardInterrupt
-
-
-def ignored(done, total):
-    """Progress that nobody looks at."""
-
-
-def test_a_disk_that_does_not_keep_an_image_is_noticed_at_once(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "pread", lambda handle, length, offset: bytes(length - 1))
-    with pytest.raises(DamagedError, match=r"\.png does not hold what was written there"):
-        export(store, tmp_path / "out")
-
-
-def test_few_files_are_open_at_a_time(tmp_path):
-    with draft.draft(tmp_path / "out", "plan") as begun:
-        for number in range(5):
-            begun.append({f"shard-{number}.tar": bytes(number + 1), "labels.csv": b"line"}, [])
-        # the last shard, the labels, and a lock and two lists of the draft's own
-        held = {path.resolve() for path in Path("/proc/self/fd").iterdir()}
-        names = {path.name for path in begun.folder.iterdir() if path in held}
-        assert names == {".lock", ".own", ".sums", "labels.csv", "shard-4.tar"}
-        begun.checkpoint()
-    for number in range(5):
-        path = tmp_path / "out.partial" / f"shard-{number}.tar"
-        path.write_bytes(path.read_bytes() + b"torn")
-    with draft.draft(tmp_path / "out", "plan") as begun:
-        assert begun.pieces == 5
-        assert [path.stat().st_size for path in sorted(begun.folder.glob("*.tar"))] == [1, 2, 3, 4, 5]
-
-
-def test_errors_of_other_places_are_not_said_to_be_the_exports(tmp_path):
-    with pytest.raises(FileNotFoundError), draft.draft(tmp_path / "out", "plan"):
-        (tmp_path / "elsewhere").read_bytes()
-    (tmp_path / "file").write_bytes(b"")
-    with (
-        pytest.raises(StoreError, match=r"cannot write .*out.partial.*: a file stands where"),
-        draft.draft(tmp_path / "file" / "out", "plan"),
-    ):
-        pass
-
-
-def test_the_same_again_does_nothing_and_another_is_refused(store, tmp_path, monkeypatch):
-    export(store, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    monkeypatch.setattr(flow, "written_pieces", None)
-    export(store, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-    with pytest.raises(ConfigError, match="is there already"):
-        export(store, tmp_path / "out", encoding="jpeg")
-
-
-def test_the_beginning_of_another_export_is_left_alone(store, tmp_path):
-    with draft.draft(tmp_path / "out", "another") as begun:
-        begun.append({"labels.csv": b"a"}, [])
-        begun.checkpoint()
-    with pytest.raises(ConfigError, match="beginning of another export"):
-        export(store, tmp_path / "out")
-    with draft.draft(tmp_path / "out", "another") as begun:
-        assert begun.pieces == 1
-        with (
-            pytest.raises(StoreError, match="another process is writing"),
-            draft.draft(tmp_path / "out", "another"),
-        ):
-            pass
-    (tmp_path / "out.partial" / ".state.json").write_text("{")
-    with pytest.raises(StoreError, match="damaged: remove"), draft.draft(tmp_path / "out", "another"):
-        pass
-
-
-def test_a_disk_that_forgets_is_noticed(store, tmp_path, monkeypatch):
-    finish = flow.FORMATS["rec"].finish
-
-    def forgetting(folder, layout):
-        finish(folder, layout)
-        content = bytearray((folder / "labels.csv").read_bytes())
-        content[40] ^= 1
-        (folder / "labels.csv").write_bytes(content)
-
-    monkeypatch.setitem(flow.FORMATS, "rec", flow.FORMATS["rec"]._replace(finish=forgetting))
-    with pytest.raises(DamagedError, match=r"labels.csv does not hold what was written"):
-        export(store, tmp_path / "out", format="rec")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture(scope="module")
 def kept(store):
     """A run as a leakage gate keeps it."""
@@ -533,46 +341,6 @@ def test_a_run_that_a_gate_kept_is_exported_as_any_other(store, usable, tmp_path
     result = flow.export_dataset.fn("tiny.kept", str(tmp_path / "out"), execution=ONE, store=str(store))
     assert result["images"] == usable.sum()
     assert "A leakage gate took out" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
-def test_a_killed_export_goes_on_and_leaves_no_process(store, tmp_path):
-    script = "\n".join(
-        (
-            "import sys",
-            "from flows import export as flow",
-            "from negfacediff_core.export.settings import ExportConfig",
-            "if __name__ == '__main__':",
-            "    flow.FORMATS['rec'] = flow.FORMATS['rec']._replace(piece=1)",
-            "    flow.CHECKPOINT = 0.0",
-            "    two = flow.DEFAULT_EXECUTION.model_copy(update={'workers': 2})",
-            "    settings = ExportConfig(format='rec')",
-            "    flow.export_dataset.fn('tiny', sys.argv[2], settings, execution=two, store=sys.argv[1])",
-        )
-    )
-    command = [sys.executable, "-c", script, str(store)]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    process = subprocess.Popen([*command, str(tmp_path / "out")], start_new_session=True)
-    while not (tmp_path / "out.partial" / "train.rec").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 20
-    while _alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _alive(process.pid)
-    subprocess.run([*command, str(tmp_path / "out")], check=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def _alive(session):
-    """Whether a process of the session still runs."""
-    try:
-        os.killpg(session, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.slow

@@ -179,20 +179,28 @@ def test_the_flow_wants_one_source(tmp_path, source):
 
 
 def test_a_run_of_a_store_is_trained_on(tiny_store, tmp_path, without_prefect):
-    result = train_recogniser.fn(
-        out=str(tmp_path / "out"),
-        cache=str(tmp_path / "cache"),
-        run="tiny",
-        store=str(tiny_store),
-        recipe=RECIPE.model_copy(update={"held_out": 0.1, "epochs": 1}),
-        execution=TrainingExecution(device="cpu", threads=1),
-    )
+    def train():
+        return train_recogniser.fn(
+            out=str(tmp_path / "out"),
+            cache=str(tmp_path / "cache"),
+            run="tiny",
+            store=str(tiny_store),
+            recipe=RECIPE.model_copy(update={"held_out": 0.1, "epochs": 1}),
+            execution=TrainingExecution(device="cpu", threads=1),
+        )
+
+    result = train()
     assert result["source"] == f"run tiny of {tiny_store}" and result["held_out_identities"] == 2
     rows = (tmp_path / "out" / "dynamics" / "images.csv").read_text().splitlines()[1:]
     assert len(rows) == result["images"] and all(len(row.split(",")[2]) == 1 for row in rows)
     assert result["origin"]["kind"] == "aligned" and result["licences"]
     assert "licence of the images" in without_prefect["train-recogniser-figures"]
     assert list((tmp_path / "cache").glob("crops-*.u8")) and not list((tmp_path / "out").glob("*.u8"))
+    # what is lost of a finished training, and its state can tell, the same command makes again
+    final = tmp_path / "out" / "dynamics" / "final.npz"
+    content = final.read_bytes()
+    final.unlink()
+    assert train() == result and final.read_bytes() == content
 
 
 def test_damaged_crops_are_told_before_a_training_begins(source, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 from negfacediff_core.errors import DamagedError
 from negfacediff_core.explained import explained
 from negfacediff_core.export.manifest import MANIFEST, read_head
+from negfacediff_core.file_hashes import file_sha256
 
 # Of files without a manifest: so many blocks are looked at, of so many bytes.
 _BLOCKS, _BLOCK = 256, 4096
@@ -36,8 +37,8 @@ def origin_of(source: Path, files: Sequence[Path]) -> Origin:
     path = source / MANIFEST
     if not path.exists():
         return Origin("files", _sampled(source, files))
-    with explained("read", path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with explained("read", path):
+        digest = file_sha256(path)
     try:
         samples = read_head(source)["stages"]["samples"]["fingerprint"]
     except (KeyError, TypeError) as error:

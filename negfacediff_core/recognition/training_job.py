@@ -1,6 +1,5 @@
 """What a training is to do, checked before it begins, and the folder that it owns."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from negfacediff_core.errors import ConfigError, DamagedError, StoreError, WeightsError
+from negfacediff_core.file_hashes import file_sha256
 from negfacediff_core.file_locks import locked
 from negfacediff_core.processor import fast_bfloat16, usable_cores
 from negfacediff_core.recognition.backbones import IRESNET_LAYERS, IResNet, PlainNet, build_backbone
@@ -86,7 +86,7 @@ class TrainingJob:
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "batch": self.batch,
-            "start": _sha256(weights) if weights and weights.is_file() else None,
+            "start": file_sha256(weights) if weights and weights.is_file() else None,
             "origin": self.training.origin._asdict(),
             "training": _described(self.training),
             "held_out": _described(self.held_out),
@@ -170,11 +170,6 @@ def _start_file(recipe: RecogniserConfig) -> Path | None:
         return None
     path = Path(recipe.start)
     return path / BEST if path.is_dir() else path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from negfacediff_core.faces.embed import Embedder, load_embedder
 from negfacediff_core.faces.packs import Task, find_network
 from negfacediff_core.faces.providers import lacking_cuda
 from negfacediff_core.faces.quality import FaceScorer, load_attributes, load_quality
+from negfacediff_core.file_hashes import file_sha256
 from negfacediff_core.gpu_turns import turn_of
 from negfacediff_core.store.layout import Weight
 
@@ -65,12 +66,7 @@ def hash_file(path: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _hash_file(path: Path, size: int, modified: int) -> str:
-    return _read_hash(path)
-
-
-def _read_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def hash_files(folder: Path, files: Iterable[Path]) -> str:
@@ -89,7 +85,7 @@ def hash_files(folder: Path, files: Iterable[Path]) -> str:
 def _hash_files(folder: Path, listing: tuple[tuple[str, int, int], ...]) -> str:
     whole = hashlib.sha256()
     for name, _, _ in listing:
-        whole.update(f"{_read_hash(folder / name)} {name}\n".encode())
+        whole.update(f"{file_sha256(folder / name)} {name}\n".encode())
     return whole.hexdigest()
 
 

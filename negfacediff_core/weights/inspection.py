@@ -1,6 +1,5 @@
 """What an inspection finds, and what is asked of weights of every kind: files, licence, a trial run."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from negfacediff_core.errors import NegFaceDiffError
+from negfacediff_core.file_hashes import file_sha256
 
 GENERATOR = "generator in the IDiff-Face layout"
 MODEL_PACK = "insightface model pack"
@@ -115,8 +115,7 @@ def _shortened(text: str) -> str:
 
 def hash_file(role: str, path: Path) -> WeightFile:
     """Describe one file; its bytes are read and hashed."""
-    with path.open("rb") as file:
-        return WeightFile(role, path, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return WeightFile(role, path, path.stat().st_size, file_sha256(path))
 
 
 def tried(inspection: Inspection, trials: Callable[..., Iterable[Trial]], *arguments: Any) -> Inspection:
